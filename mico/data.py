@@ -21,6 +21,8 @@ from typing import Any, Literal
 
 import torch
 
+from mico.errors import UserError
+
 Split = Literal["train", "validation", "test"]
 TEXTS = ("wikitext2", "ptb", "c4", "docs")
 SUFFIXES = (".txt", ".jsonl", ".json.gz", ".parquet")
@@ -31,7 +33,7 @@ JOINERS = {"wikitext2": "\n\n", "ptb": " ", "c4": " ", "docs": "\n\n"}
 EVALUATION_SPLIT: dict[str, Split] = {"wikitext2": "test", "ptb": "test", "c4": "validation", "docs": "test"}
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A text is missing, empty, too short or malformed; the message names the file and the remedy."""
 
 

@@ -1,0 +1,61 @@
+"""What mico must know of a model family: where its blocks are and which Linears read the same tensor.
+
+A family is data, one row of `FAMILIES` (mico/adapters/__init__.py), not a class to inherit from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from mico.errors import UserError
+
+
+@dataclass(frozen=True)
+class Stream:
+    """All Linears of a block that read one tensor: they share one Hessian, one MI matrix, one grouping."""
+
+    name: str
+    linears: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Paths of one family. `streams` are in dependency order: the output of one feeds a later one.
+
+    before: modules that turn token ids into the input of block 0; after: modules between the last block and
+    the logits; prepare: run once on a loaded model (un-fuse, fix a config); vision: path of the vision tower.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    blocks: str
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    streams: tuple[Stream, ...]
+    prepare: Callable[[nn.Module], None] | None = None
+    vision: str | None = None
+
+
+def lookup(root: nn.Module, path: str) -> nn.Module:
+    """Return the submodule at a dotted path. Raises UserError naming the first part that is missing."""
+    module = root
+    for depth, part in enumerate(path.split(".")):
+        child = getattr(module, part, None)
+        if not isinstance(child, nn.Module):
+            raise UserError(f"module '{'.'.join(path.split('.')[: depth + 1])}' not found in {type(root).__name__}")
+        module = child
+    return module
+
+
+def linears_of(block: nn.Module, stream: Stream) -> dict[str, nn.Linear]:
+    """The Linears of one stream of one block by path. Raises UserError when one is not an nn.Linear."""
+    found: dict[str, nn.Linear] = {}
+    for path in stream.linears:
+        module = lookup(block, path)
+        if not isinstance(module, nn.Linear):
+            raise UserError(f"'{path}' is a {type(module).__name__}, not a Linear: the model is already quantized?")
+        found[path] = module
+    return found

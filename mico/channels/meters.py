@@ -1,0 +1,126 @@
+"""Activation statistics of one stream, gathered batch by batch; no activation history is kept.
+
+Suffixes: C input channels, T tokens. GEMMs run in float32 and accumulate in float64 (float32 above 8,192
+channels, where a float64 Gram matrix alone would take more than half a gigabyte).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from mico.errors import UserError
+
+DOUBLE_LIMIT = 8192
+RESERVOIR_ROWS = 4096
+
+
+def accumulator(channels: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """A zero (C, C) matrix in the accumulation dtype."""
+    dtype = torch.float64 if channels <= DOUBLE_LIMIT else torch.float32
+    return torch.zeros(channels, channels, dtype=dtype, device=device)
+
+
+@dataclass
+class SecondMoments:
+    """Sum and Gram matrix of the rows seen: `sum_C`, `gram_CC` = sum of x xT, `count` rows."""
+
+    sum_C: torch.Tensor
+    gram_CC: torch.Tensor
+    count: int = 0
+
+    @classmethod
+    def empty(cls, channels: int, device: torch.device | str = "cpu") -> SecondMoments:
+        return cls(torch.zeros(channels, dtype=torch.float64, device=device), accumulator(channels, device))
+
+    def add(self, x_TC: torch.Tensor) -> None:
+        """Add T rows. Raises UserError when they hold NaN or Inf."""
+        x_TC = x_TC.float()
+        gram_CC = x_TC.T @ x_TC
+        if not torch.isfinite(gram_CC.diagonal()).all():
+            raise UserError("activations hold NaN or Inf (or overflow float32): try --dtype float32")
+        self.gram_CC += gram_CC
+        self.sum_C += x_TC.sum(0, dtype=torch.float64)
+        self.count += len(x_TC)
+
+    @property
+    def mean_C(self) -> torch.Tensor:
+        return self.sum_C / self.count
+
+    @property
+    def hessian_CC(self) -> torch.Tensor:
+        """2/n sum x xT: the Hessian of the squared output error, as SparseGPT scales it."""
+        return self.gram_CC * (2.0 / self.count)
+
+    @property
+    def covariance_CC(self) -> torch.Tensor:
+        """Centred second moments (population)."""
+        mean_C = self.mean_C.to(self.gram_CC.dtype)
+        return self.gram_CC / self.count - torch.outer(mean_C, mean_C)
+
+
+@dataclass
+class PairedMoments:
+    """Moments of the compressed model's inputs x̂ beside the dense model's inputs x of the same tokens.
+
+    Every fourth batch goes into the held-out half, which only judges how far to trust the target
+    (mico/methods/mico.py). `cross_CC` = sum of x x̂T.
+    """
+
+    channels: int
+    device: torch.device | str = "cpu"
+    fit: SecondMoments = field(init=False)
+    held: SecondMoments = field(init=False)
+    fit_cross_CC: torch.Tensor = field(init=False)
+    held_cross_CC: torch.Tensor = field(init=False)
+    dense_sum_C: torch.Tensor = field(init=False)
+    batches: int = 0
+
+    def __post_init__(self) -> None:
+        self.fit = SecondMoments.empty(self.channels, self.device)
+        self.held = SecondMoments.empty(self.channels, self.device)
+        self.fit_cross_CC = accumulator(self.channels, self.device)
+        self.held_cross_CC = accumulator(self.channels, self.device)
+        self.dense_sum_C = torch.zeros(self.channels, dtype=torch.float64, device=self.device)
+
+    def add(self, x_TC: torch.Tensor, dense_TC: torch.Tensor) -> None:
+        """Add T rows of the compressed path and the same rows of the dense path."""
+        held = self.batches % 4 == 3
+        (self.held if held else self.fit).add(x_TC)
+        cross_CC = self.held_cross_CC if held else self.fit_cross_CC
+        cross_CC += dense_TC.float().T @ x_TC.float()
+        self.dense_sum_C += dense_TC.sum(0, dtype=torch.float64)
+        self.batches += 1
+
+    @property
+    def total(self) -> SecondMoments:
+        fit, held = self.fit, self.held
+        return SecondMoments(fit.sum_C + held.sum_C, fit.gram_CC + held.gram_CC, fit.count + held.count)
+
+    @property
+    def cross_CC(self) -> torch.Tensor:
+        return self.fit_cross_CC + self.held_cross_CC
+
+    @property
+    def dense_mean_C(self) -> torch.Tensor:
+        return self.dense_sum_C / self.total.count
+
+
+class Reservoir:
+    """An evenly thinned sample of rows (float16) for the estimators that need joint samples.
+
+    Deterministic: keeps every k-th row and doubles k when full, so no random state is touched.
+    """
+
+    def __init__(self, channels: int, rows: int = RESERVOIR_ROWS) -> None:
+        self.rows_TC = torch.empty(0, channels, dtype=torch.float16)
+        self.limit, self.stride, self.seen = rows, 1, 0
+
+    def add(self, x_TC: torch.Tensor) -> None:
+        offset = -self.seen % self.stride
+        kept_TC = x_TC[offset :: self.stride].to("cpu", torch.float16)
+        self.rows_TC = torch.cat([self.rows_TC, kept_TC])
+        self.seen += len(x_TC)
+        while len(self.rows_TC) > self.limit:
+            self.rows_TC, self.stride = self.rows_TC[::2].contiguous(), self.stride * 2

@@ -1,0 +1,121 @@
+"""The arguments of the verbs as frozen records, validated at the door; every message names its option."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mico.errors import UserError
+
+METHOD_NAMES = ("mico", "sparsegpt", "gptq", "wanda", "rtn")
+ARMS = ("original", "enhanced", "mi")
+MI_METHODS = ("gaussian", "copula", "histogram", "knn")
+CLUSTERINGS = ("spectral", "hierarchical", "kmeans")
+GROUPINGS = ("mi", "importance", "random", "range", "alpha")
+ALLOCATIONS = ("rate", "thresholds")
+AVERAGE_BITS = (2.0, 8.0)  # the range that mixed widths can reach: groups of 2 to 8 bits
+
+
+def choose(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise UserError listing the valid names unless `value` is one of them."""
+    if value not in allowed:
+        raise UserError(f"{option} {value}: choose from {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which model reads which text: what the statistics depend on, and the first part of every fingerprint."""
+
+    model: str
+    calib: str | None = None  # None: docs for a shipped reference model without --data-dir, else c4
+    data_dir: str | None = None
+    data_file: str | None = None
+    nsamples: int = 128
+    seqlen: int | None = None  # None: the model's own, at most 2048
+    batch_size: int = 8
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    offline: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for option in ("nsamples", "seqlen", "batch_size"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise UserError(f"--{option.replace('_', '-')} {value}: must be at least 1")
+        choose("--dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How the channels of a stream are grouped."""
+
+    n_groups: int | str = "auto"
+    kind: str = "mi"  # a member of GROUPINGS; the last three are the controls that run beside MI
+    mi_method: str = "gaussian"
+    cluster: str = "spectral"
+
+    def __post_init__(self) -> None:
+        if self.n_groups != "auto" and (not isinstance(self.n_groups, int) or self.n_groups < 1):
+            raise UserError(f"--n-groups {self.n_groups}: give a whole number of at least 1, or auto")
+        choose("--mi-method", self.mi_method, MI_METHODS)
+        choose("--cluster", self.cluster, CLUSTERINGS)
+        choose("--grouping", self.kind, GROUPINGS)
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What to do with the weights. `grouping` None: one scale group a row (or contiguous --group-size ones)."""
+
+    method: str = "mico"
+    sparsity: float = 0.0
+    pattern: tuple[int, int] | None = None
+    wbits: int = 16
+    target_avg_bits: float | None = None
+    grouping: Grouping | None = None
+    group_size: int | None = None
+    allocation: str = "rate"
+    percdamp: float = 0.01
+    blocksize: int = 128
+
+    def __post_init__(self) -> None:
+        choose("--method", self.method, METHOD_NAMES)
+        choose("--allocation", self.allocation, ALLOCATIONS)
+        if not 0 <= self.sparsity < 1:
+            raise UserError(f"--sparsity {self.sparsity}: must be at least 0 and below 1 (0.5 prunes half)")
+        if self.wbits != 16 and not 2 <= self.wbits <= 8:
+            raise UserError(f"--wbits {self.wbits}: choose 2 to 8, or 16 for no quantization")
+        low, high = AVERAGE_BITS
+        if self.target_avg_bits is not None and not low <= self.target_avg_bits <= high:
+            raise UserError(f"--target-avg-bits {self.target_avg_bits}: must be from {low:g} to {high:g}")
+        if self.group_size is not None and self.group_size < 1:
+            raise UserError(f"--group-size {self.group_size}: must be at least 1")
+        if self.group_size is not None and self.grouping is not None:
+            raise UserError(f"--group-size {self.group_size} and channel groups exclude each other: --no-mi-grouping")
+        if self.target_avg_bits is not None and self.grouping is None:
+            raise UserError("--target-avg-bits needs channel groups: leave out --no-mi-grouping and --group-size")
+        if self.method == "gptq" and (self.sparsity or self.pattern):
+            raise UserError("--method gptq does not prune: use --method sparsegpt or mico, or --sparsity 0")
+        if self.percdamp <= 0:
+            raise UserError(f"--percdamp {self.percdamp}: must be above 0")
+        if self.blocksize < 1:
+            raise UserError(f"--blocksize {self.blocksize}: must be at least 1")
+        if self.pattern and self.blocksize % self.pattern[1]:
+            raise UserError(f"--blocksize {self.blocksize}: must be a multiple of the pattern's {self.pattern[1]}")
+
+
+def parse_pattern(text: str | None) -> tuple[int, int] | None:
+    """'2:4' -> (2, 4): at least n... of every m consecutive weights are kept. Raises UserError otherwise."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or not 0 < int(match[1]) < int(match[2]) <= 32:
+        raise UserError(f"--pattern {text}: expected n:m with 0 < n < m <= 32, for example 2:4")
+    return int(match[1]), int(match[2])
+
+
+def record(settings: Any) -> dict[str, Any]:
+    """A settings record as plain JSON values, for manifests and fingerprints."""
+    return asdict(settings)
