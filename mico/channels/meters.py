@@ -74,7 +74,8 @@ class PairedMoments:
     held: SecondMoments = field(init=False)
     fit_cross_CC: torch.Tensor = field(init=False)
     held_cross_CC: torch.Tensor = field(init=False)
-    dense_sum_C: torch.Tensor = field(init=False)
+    fit_dense_sum_C: torch.Tensor = field(init=False)
+    held_dense_sum_C: torch.Tensor = field(init=False)
     batches: int = 0
 
     def __post_init__(self) -> None:
@@ -82,7 +83,8 @@ class PairedMoments:
         self.held = SecondMoments.empty(self.channels, self.device)
         self.fit_cross_CC = accumulator(self.channels, self.device)
         self.held_cross_CC = accumulator(self.channels, self.device)
-        self.dense_sum_C = torch.zeros(self.channels, dtype=torch.float64, device=self.device)
+        self.fit_dense_sum_C = torch.zeros(self.channels, dtype=torch.float64, device=self.device)
+        self.held_dense_sum_C = torch.zeros_like(self.fit_dense_sum_C)
 
     def add(self, x_TC: torch.Tensor, dense_TC: torch.Tensor) -> None:
         """Add T rows of the compressed path and the same rows of the dense path."""
@@ -90,7 +92,8 @@ class PairedMoments:
         (self.held if held else self.fit).add(x_TC)
         cross_CC = self.held_cross_CC if held else self.fit_cross_CC
         cross_CC += dense_TC.float().T @ x_TC.float()
-        self.dense_sum_C += dense_TC.sum(0, dtype=torch.float64)
+        dense_sum_C = self.held_dense_sum_C if held else self.fit_dense_sum_C
+        dense_sum_C += dense_TC.sum(0, dtype=torch.float64)
         self.batches += 1
 
     @property
@@ -101,6 +104,10 @@ class PairedMoments:
     @property
     def cross_CC(self) -> torch.Tensor:
         return self.fit_cross_CC + self.held_cross_CC
+
+    @property
+    def dense_sum_C(self) -> torch.Tensor:
+        return self.fit_dense_sum_C + self.held_dense_sum_C
 
     @property
     def dense_mean_C(self) -> torch.Tensor:

@@ -1,0 +1,78 @@
+"""What a compression method is: the Linears of one stream and their statistics in, quantized weights out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from mico.channels.meters import PairedMoments, SecondMoments
+from mico.channels.plan import LayerPlan
+from mico.methods.sweep import Segment
+from mico.packed.quantized import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One Linear of a stream: its dense weight_RC and bias_R, and the plan for it."""
+
+    name: str
+    weight_RC: torch.Tensor
+    bias_R: torch.Tensor | None
+    plan: LayerPlan
+
+
+@dataclass(frozen=True)
+class StreamProblem:
+    """All Linears that read one tensor. `paired` is there for methods that aim at the dense model's output."""
+
+    layers: tuple[Layer, ...]
+    moments: SecondMoments
+    paired: PairedMoments | None
+    percdamp: float
+    blocksize: int
+
+    @property
+    def weight_RC(self) -> torch.Tensor:
+        """Rows of all Linears concatenated."""
+        return torch.cat([layer.weight_RC for layer in self.layers])
+
+    @property
+    def segments(self) -> list[Segment]:
+        """Where each Linear's rows lie in `weight_RC`, and how they are pruned."""
+        found, start = [], 0
+        for layer in self.layers:
+            rows = slice(start, start + len(layer.weight_RC))
+            found.append(Segment(rows, layer.plan.sparsity, layer.plan.pattern))
+            start = rows.stop
+        return found
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A compressed Linear: `bias_R` is the corrected bias (None: unchanged); `facts` go into the report.
+
+    facts: error (relative squared output error on the inputs the layer sees), damping, dead channels, and
+    whatever else the method wants to tell; `fallbacks` names what did not go by the book.
+    """
+
+    quantized: QuantizedWeight
+    bias_R: torch.Tensor | None
+    facts: dict[str, float]
+    fallbacks: tuple[str, ...] = field(default=())
+
+
+Method = Callable[[StreamProblem], Sequence[LayerResult]]
+
+
+def output_energy(weight_RC: torch.Tensor, gram_CC: torch.Tensor) -> float:
+    """tr(W G Wᵀ): the squared norm of the outputs W x over the tokens behind the Gram matrix."""
+    gram_CC = gram_CC.to(weight_RC.dtype)
+    return float(((weight_RC @ gram_CC) * weight_RC).sum(dtype=torch.float64))
+
+
+def relative_error(dense_RC: torch.Tensor, value_RC: torch.Tensor, gram_CC: torch.Tensor) -> float:
+    """‖(Ŵ - W) X‖² / ‖W X‖²."""
+    energy = output_energy(dense_RC, gram_CC)
+    return output_energy(value_RC - dense_RC, gram_CC) / energy if energy > 0 else 0.0

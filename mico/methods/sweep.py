@@ -1,0 +1,193 @@
+"""The one column sweep: SparseGPT, GPTQ and mico are this loop with other targets, grids and masks.
+
+All Linears of a stream go through it together, rows concatenated: they share the Hessian and so the factor.
+Weights are held transposed (C, R), where a column of the paper is one contiguous row.
+Suffixes: C input channels, R rows of all Linears, G groups, S columns of one sub-block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mico.errors import UserError
+from mico.packed.grid import Grid, quantize
+
+SUB_BLOCK = 32  # eager rank-one updates stay inside it; everything later waits for one GEMM
+DAMPING_STEPS = 6
+
+
+@dataclass(frozen=True)
+class Factor:
+    """upper_CC: U with inv(H + damping) = Uᵀ U; dead_C: channels that never fired; damping: as a share of the mean."""
+
+    upper_CC: torch.Tensor
+    dead_C: torch.Tensor
+    damping: float
+    escalated: int
+
+    @property
+    def pivots_C(self) -> torch.Tensor:
+        """U_ii: 1 / U_ii² is the variance of channel i given all later ones."""
+        return self.upper_CC.diagonal()
+
+
+def factorize(hessian_CC: torch.Tensor, percdamp: float) -> Factor:
+    """Dampen H by percdamp * mean(diag H) and factor its inverse, in float64.
+
+    With J the reversal, chol(J H J) = L gives H = A Aᵀ for the upper triangular A = J L J, so U = inv(A): one
+    Cholesky and one triangular inverse instead of Cholesky, inverse, Cholesky. A failure multiplies the damping
+    by ten (`escalated` counts). Raises UserError when H is not finite or cannot be factored.
+    """
+    hessian_CC = hessian_CC.double()
+    diagonal_C = hessian_CC.diagonal()
+    if not torch.isfinite(diagonal_C).all():
+        raise UserError("the Hessian holds NaN or Inf: the activations overflow, try --dtype float32")
+    dead_C = diagonal_C <= 0
+    mean = float(diagonal_C.mean()) or 1.0
+    for step in range(DAMPING_STEPS):
+        damping = percdamp * 10.0**step
+        damped_CC = hessian_CC.clone()
+        damped_CC.diagonal().add_(damping * mean).masked_fill_(dead_C, 1.0)
+        lower_CC, info = torch.linalg.cholesky_ex(damped_CC.flip(0, 1))
+        if int(info) == 0:
+            identity_CC = torch.eye(len(lower_CC), dtype=torch.float64, device=lower_CC.device)
+            inverse_CC = torch.linalg.solve_triangular(lower_CC, identity_CC, upper=False)
+            upper_CC = inverse_CC.flip(0, 1)
+            if torch.isfinite(upper_CC).all():
+                return Factor(upper_CC, dead_C, damping, step)
+    raise UserError(f"the Hessian cannot be factored even with damping {damping:g}: more calibration samples are needed")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of one Linear inside the concatenation, and how they are pruned."""
+
+    rows: slice
+    sparsity: float
+    pattern: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Swept:
+    """weight_RC on the grid, codes_RC (uint8; None when not quantized), keep_RC (None when dense), loss_R.
+
+    loss_R = sum of ((w - q) / U_ii)² = Δ (H + damping) Δᵀ, exactly the damped output error of each row.
+    """
+
+    weight_RC: torch.Tensor
+    codes_RC: torch.Tensor | None
+    keep_RC: torch.Tensor | None
+    loss_R: torch.Tensor
+
+
+def lowest(score: torch.Tensor, count: int) -> torch.Tensor:
+    """Boolean mask of the `count` lowest scores of the whole tensor (ties at the threshold all count)."""
+    if count <= 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    return score <= score.flatten().kthvalue(count).values
+
+
+class _Levels:
+    """Grids of all Linears stacked, indexed by channel: rows of (G, R) matrices."""
+
+    def __init__(self, grids: Sequence[Grid], dtype: torch.dtype) -> None:
+        self.label = grids[0].label_C.tolist()
+        self.scale_GR = torch.cat([g.scale_RG for g in grids]).T.to(dtype).contiguous()
+        self.zero_GR = torch.cat([g.zero_point_RG for g in grids]).T.to(dtype).contiguous()
+        maxq = [(g.levels_G - 1)[:, None].expand(-1, len(g.row_scale_RG)) for g in grids]
+        self.maxq_GR = torch.cat(maxq, 1).to(dtype).contiguous()
+
+    def nearest(self, weight_R: torch.Tensor, channel: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes, values) of one column."""
+        group = self.label[channel]
+        scale_R, zero_R = self.scale_GR[group], self.zero_GR[group]
+        code_R = quantize(weight_R, scale_R, zero_R, self.maxq_GR[group])
+        return code_R, (code_R - zero_R).mul_(scale_R)
+
+
+def sweep(
+    weight_RC: torch.Tensor,
+    factor: Factor,
+    segments: Sequence[Segment],
+    grids: Sequence[Grid] | None,
+    blocksize: int = 128,
+) -> Swept:
+    """Prune and quantize column by column, pushing each column's error onto the later ones with row U[i, i:].
+
+    The mask of a column block keeps the largest w² / U_ii² of its current, compensated weights, per Linear;
+    n:m keeps the best n of every m columns. Works in weight_RC's dtype (float64 for exact comparisons).
+    Source: SparseGPT (Frantar & Alistarh 2023), algorithm 1 joint with quantization.
+    """
+    dtype = weight_RC.dtype
+    upper_CC = factor.upper_CC.to(dtype)
+    pivots_C = upper_CC.diagonal().contiguous()
+    work_CR = weight_RC.T.contiguous()
+    work_CR[factor.dead_C] = 0
+    levels = _Levels(grids, dtype) if grids is not None else None
+    prunes = any(s.sparsity > 0 or s.pattern for s in segments)
+    keep_CR = torch.ones(work_CR.shape, dtype=torch.bool, device=work_CR.device) if prunes else None
+    codes_CR = torch.zeros(work_CR.shape, dtype=torch.uint8, device=work_CR.device) if levels else None
+    value_CR = torch.empty_like(work_CR)
+    loss_R = torch.zeros(work_CR.shape[1], dtype=torch.float64, device=work_CR.device)
+    span = max((s.pattern[1] for s in segments if s.pattern), default=1)
+    sub_block = max(span, SUB_BLOCK // span * span)
+
+    for start in range(0, len(work_CR), blocksize):
+        end = min(start + blocksize, len(work_CR))
+        if keep_CR is not None:
+            _mask_block(work_CR, keep_CR, pivots_C, segments, slice(start, end))
+        error_CR = torch.empty_like(work_CR[start:end])
+        for low in range(start, end, sub_block):
+            high = min(low + sub_block, end)
+            for i in range(low, high):
+                if keep_CR is not None and i % span == 0:
+                    _mask_pattern(work_CR, keep_CR, pivots_C, segments, i)
+                weight_R = work_CR[i]
+                if levels is None:
+                    value_R = value_CR[i].copy_(weight_R)
+                else:
+                    code_R, nearest_R = levels.nearest(weight_R, i)
+                    codes_CR[i] = code_R
+                    value_R = value_CR[i].copy_(nearest_R)
+                if keep_CR is not None:
+                    value_R.mul_(keep_CR[i])
+                error_R = torch.sub(weight_R, value_R, out=error_CR[i - start]).div_(pivots_C[i])
+                if i + 1 < high:
+                    work_CR[i + 1 : high].addr_(upper_CC[i, i + 1 : high], error_R, alpha=-1)
+            if high < end:
+                done = slice(low - start, high - start)
+                work_CR[high:end].addmm_(upper_CC[low:high, high:end].T, error_CR[done], alpha=-1)
+        loss_R += error_CR.square().sum(0, dtype=torch.float64)
+        if end < len(work_CR):
+            work_CR[end:].addmm_(upper_CC[start:end, end:].T, error_CR, alpha=-1)
+    return Swept(
+        value_CR.T,
+        codes_CR.T if codes_CR is not None else None,
+        keep_CR.T.contiguous() if keep_CR is not None else None,
+        loss_R,
+    )
+
+
+def _mask_block(
+    work_CR: torch.Tensor, keep_CR: torch.Tensor, pivots_C: torch.Tensor, segments: Sequence[Segment], columns: slice
+) -> None:
+    for segment in segments:
+        if segment.pattern is None and segment.sparsity > 0:
+            score = (work_CR[columns, segment.rows] / pivots_C[columns, None]).square_()
+            keep_CR[columns, segment.rows] = ~lowest(score, int(score.numel() * segment.sparsity))
+
+
+def _mask_pattern(
+    work_CR: torch.Tensor, keep_CR: torch.Tensor, pivots_C: torch.Tensor, segments: Sequence[Segment], start: int
+) -> None:
+    for segment in segments:
+        if segment.pattern is None or start % segment.pattern[1]:
+            continue
+        n, m = segment.pattern
+        columns = slice(start, start + m)
+        score_MR = (work_CR[columns, segment.rows] / pivots_C[columns, None]).square_()
+        best_NR = score_MR.topk(n, dim=0).indices
+        keep_CR[columns, segment.rows] = torch.zeros_like(score_MR, dtype=torch.bool).scatter_(0, best_NR, True)

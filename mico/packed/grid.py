@@ -1,0 +1,154 @@
+"""Quantization grids: which values a weight may take, fitted before any weight is moved.
+
+value = scale * (code - zero), 0 <= code < 2**bits. Suffixes: R rows, C channels, G groups, K candidates.
+Scales are rounded to float16 when they are fitted, so that what is searched is what is stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mico.packed.quantized import QuantizedWeight
+
+TINY = 6e-8  # smallest positive float16: a scale never becomes zero
+LARGEST = 65504.0
+SHRINKS = torch.linspace(1.05, 0.45, 25)  # candidate clipping of the largest weight, coarse pass
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The stored form of a grid: see QuantizedWeight for the fields."""
+
+    row_scale_RG: torch.Tensor
+    group_scale_G: torch.Tensor | None
+    zero_RG: torch.Tensor | None
+    bits_G: tuple[int, ...]
+    label_C: torch.Tensor
+
+    @property
+    def scale_RG(self) -> torch.Tensor:
+        """Effective float32 scales, (R, G)."""
+        scale_RG = self.row_scale_RG.float()
+        return scale_RG if self.group_scale_G is None else scale_RG * self.group_scale_G.float()
+
+    @property
+    def zero_point_RG(self) -> torch.Tensor:
+        """Effective float32 zero points, (R, G); the middle of the grid where none is stored."""
+        if self.zero_RG is not None:
+            return self.zero_RG.float()
+        return ((self.levels_G - 1) / 2).expand(len(self.row_scale_RG), -1)
+
+    @property
+    def levels_G(self) -> torch.Tensor:
+        return torch.tensor([2.0**bits for bits in self.bits_G], device=self.row_scale_RG.device)
+
+    def quantized(self, codes_RC: torch.Tensor, keep_RC: torch.Tensor | None, pattern: tuple[int, int] | None) -> QuantizedWeight:
+        """The QuantizedWeight of these codes on this grid."""
+        if keep_RC is not None:
+            codes_RC = codes_RC * keep_RC
+        return QuantizedWeight(
+            codes_RC.to(torch.uint8), self.row_scale_RG, self.group_scale_G, self.zero_RG, self.bits_G,
+            self.label_C, keep_RC, pattern,
+        )
+
+
+def to_half(scale: torch.Tensor) -> torch.Tensor:
+    """Round positive scales to float16, kept inside its positive range."""
+    return scale.clamp(TINY, LARGEST).to(torch.float16)
+
+
+def minmax_grid(weight_RC: torch.Tensor, label_C: torch.Tensor, bits_G: tuple[int, ...]) -> Grid:
+    """The asymmetric min-max grid of SparseGPT and GPTQ: per row (and group), zero always representable."""
+    rows, groups = len(weight_RC), len(bits_G)
+    index_RC = label_C.expand(rows, -1)
+    zeros_RG = weight_RC.new_zeros(rows, groups)
+    low_RG = zeros_RG.scatter_reduce(1, index_RC, weight_RC, "amin", include_self=True)
+    high_RG = zeros_RG.scatter_reduce(1, index_RC, weight_RC, "amax", include_self=True)
+    empty_RG = (low_RG == 0) & (high_RG == 0)
+    low_RG, high_RG = low_RG.masked_fill(empty_RG, -1), high_RG.masked_fill(empty_RG, 1)
+    maxq_G = torch.tensor([max(1, 2**bits - 1) for bits in bits_G], dtype=weight_RC.dtype, device=weight_RC.device)
+    scale_RG = to_half((high_RG - low_RG) / maxq_G)
+    zero_RG = (-low_RG / scale_RG.to(weight_RC.dtype)).round().minimum(maxq_G)
+    return Grid(scale_RG, None, zero_RG.to(torch.uint8), bits_G, label_C)
+
+
+def quantize(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, maxq: torch.Tensor) -> torch.Tensor:
+    """Codes of the nearest grid points (broadcasting; float tensor of whole numbers)."""
+    return (weight / scale + zero).round_().clamp_(min=0).minimum(maxq)
+
+
+def symmetric_grid(
+    weight_RC: torch.Tensor, importance_RC: torch.Tensor, label_C: torch.Tensor, bits_G: tuple[int, ...]
+) -> Grid:
+    """A grid symmetric about zero with factored scales s_rg = a_r * b_g, minimising sum importance * (Q(w) - w)^2.
+
+    The levels ±(k + 1/2) * s need no stored zero; 16 * (R + G) bits of scales instead of 16 * R * G. The
+    scale of every (row, group) is searched first, its best rank-one fit in the log domain starts the factors,
+    then rows and groups are searched in turn (coarse-to-fine coordinate descent on the true error).
+    importance_RC is 0 for weights that a mask will remove. Source: algorithm notes, factored scales.
+    """
+    groups = len(bits_G)
+    half_G = torch.tensor([(2.0**bits - 1) / 2 for bits in bits_G], dtype=weight_RC.dtype, device=weight_RC.device)
+    problem = _ScaleSearch(weight_RC, importance_RC, label_C, half_G)
+    full_RG = problem.widest_RG() / half_G
+    full_RG = problem.best_RG(full_RG, SHRINKS)
+    if groups == 1:
+        row_R1 = to_half(problem.best_RG(full_RG, torch.linspace(0.96, 1.04, 9)))
+        return Grid(row_R1, None, None, bits_G, label_C)
+    weight_RG = problem.energy_RG() + 1e-30
+    log_RG = full_RG.log()
+    group_G = ((log_RG - (log_RG * weight_RG).sum(1, keepdim=True) / weight_RG.sum(1, keepdim=True)) * weight_RG).sum(0)
+    group_G = (group_G / weight_RG.sum(0)).exp()
+    row_R1 = ((log_RG - group_G.log()) * weight_RG).sum(1, keepdim=True).div(weight_RG.sum(1, keepdim=True)).exp()
+    for spread in (0.3, 0.1, 0.03):
+        candidates = torch.linspace(1 - spread, 1 + spread, 13)
+        row_R1 = to_half(problem.best_rows(row_R1, group_G, candidates)).to(weight_RC.dtype)
+        group_G = to_half(problem.best_groups(row_R1, group_G, candidates)).to(weight_RC.dtype)
+    return Grid(to_half(row_R1), to_half(group_G), None, bits_G, label_C)
+
+
+class _ScaleSearch:
+    """Weighted quantization error of every (row, group) at candidate scales."""
+
+    def __init__(self, weight_RC: torch.Tensor, importance_RC: torch.Tensor, label_C: torch.Tensor, half_G: torch.Tensor):
+        self.weight_RC, self.importance_RC, self.half_G, self.label_C = weight_RC, importance_RC, half_G, label_C
+        self.half_C = half_G[label_C]
+
+    def _by_group(self, values_RC: torch.Tensor) -> torch.Tensor:
+        if len(self.half_G) == 1:
+            return values_RC.sum(1, keepdim=True)
+        shape = (len(values_RC), len(self.half_G))
+        return values_RC.new_zeros(shape).index_add_(1, self.label_C, values_RC)
+
+    def widest_RG(self) -> torch.Tensor:
+        """Largest magnitude of the weights that matter; a full row without any stands in for an empty group."""
+        magnitude_RC = self.weight_RC.abs() * (self.importance_RC > 0)
+        shape = (len(magnitude_RC), len(self.half_G))
+        index_RC = self.label_C.expand_as(magnitude_RC)
+        widest_RG = magnitude_RC.new_zeros(shape).scatter_reduce(1, index_RC, magnitude_RC, "amax")
+        fallback_R1 = self.weight_RC.abs().amax(1, keepdim=True).clamp_min(TINY)
+        return torch.where(widest_RG > 0, widest_RG, fallback_R1)
+
+    def energy_RG(self) -> torch.Tensor:
+        return self._by_group(self.importance_RC * self.weight_RC.square())
+
+    def error_RG(self, scale_RG: torch.Tensor) -> torch.Tensor:
+        scale_RC = scale_RG[:, self.label_C] if scale_RG.shape[1] > 1 else scale_RG
+        level_RC = (self.weight_RC / scale_RC).sub_(0.5).round_().add_(0.5)
+        level_RC = torch.minimum(torch.maximum(level_RC, -self.half_C), self.half_C)
+        return self._by_group(level_RC.mul_(scale_RC).sub_(self.weight_RC).square_().mul_(self.importance_RC))
+
+    def best_RG(self, scale_RG: torch.Tensor, candidates_K: torch.Tensor) -> torch.Tensor:
+        """Scale of every (row, group) times its best candidate factor."""
+        errors = torch.stack([self.error_RG(scale_RG * k) for k in candidates_K.tolist()])
+        return scale_RG * candidates_K.to(scale_RG)[errors.argmin(0)]
+
+    def best_rows(self, row_R1: torch.Tensor, group_G: torch.Tensor, candidates_K: torch.Tensor) -> torch.Tensor:
+        errors = torch.stack([self.error_RG(row_R1 * k * group_G).sum(1, keepdim=True) for k in candidates_K.tolist()])
+        return row_R1 * candidates_K.to(row_R1)[errors.argmin(0)]
+
+    def best_groups(self, row_R1: torch.Tensor, group_G: torch.Tensor, candidates_K: torch.Tensor) -> torch.Tensor:
+        errors = torch.stack([self.error_RG(row_R1 * (group_G * k)).sum(0) for k in candidates_K.tolist()])
+        return group_G * candidates_K.to(group_G)[errors.argmin(0)]

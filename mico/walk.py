@@ -1,0 +1,196 @@
+"""THE block loop: inputs of block i come from the already compressed blocks 0..i-1.
+
+`walk` yields one `Block` at a time; the caller measures streams and replaces weights, then the walk moves the
+activations through the block as it now is. When `paired`, a second track carries the dense model's activations
+of the same tokens. Suffixes: N windows, B windows of a batch, T tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from mico.adapters.family import Family, Stream, linears_of, lookup
+from mico.channels.meters import PairedMoments
+from mico.errors import UserError
+from mico.packed.quantized import QuantizedWeight
+
+
+class Meter(Protocol):
+    """Anything that digests the rows of one stream."""
+
+    def add(self, x_TC: torch.Tensor) -> None: ...
+
+
+AnyMeter = TypeVar("AnyMeter", bound=Meter)
+
+
+class _Stop(Exception):
+    """Raised by a hook once everything asked for has been seen: the rest of the block need not run."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments a block gets beside the hidden states; they depend on the block and the batch's shape only."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Block:
+    """One block on its way through the walk, with the inputs it gets from the blocks before it."""
+
+    def __init__(
+        self, index: int, module: nn.Module, family: Family, walker: _Walker, dense: nn.Module | None
+    ) -> None:
+        self.index, self.module, self._family, self._walker, self._dense = index, module, family, walker, dense
+        self.streams: dict[str, dict[str, nn.Linear]] = {s.name: linears_of(module, s) for s in family.streams}
+        self.outputs: list[torch.Tensor] | None = None
+
+    def name_of(self, path: str) -> str:
+        """Full name of a Linear of this block inside the model."""
+        return f"{self._family.blocks}.{self.index}.{path}"
+
+    def measure(
+        self, new_meter: Callable[[int], AnyMeter], streams: Sequence[str] | None = None
+    ) -> dict[str, AnyMeter]:
+        """Run the inputs through the block as it is; return a meter a stream, fed with its rows (T, C)."""
+        wanted = [s for s in self._family.streams if streams is None or s.name in streams]
+        meters = {s.name: new_meter(self._channels(s)) for s in wanted}
+        whole = streams is None
+        outputs = []
+        for batch, x_BTC in enumerate(self._walker.inputs):
+            rows, out_BTC = self._capture(self.module, wanted, x_BTC, stop=not whole)
+            for stream in wanted:
+                self._feed(batch, stream, lambda name=stream.name: meters[name].add(rows[name]))
+            outputs.append(out_BTC)
+        self.outputs = outputs if whole else None
+        return meters
+
+    def measure_paired(self, stream: str) -> PairedMoments:
+        """Moments of one stream on the compressed path beside the dense path; stops as soon as both are seen."""
+        assert self._dense is not None, "walk(..., paired=True) is needed"
+        wanted = next(s for s in self._family.streams if s.name == stream)
+        moments = PairedMoments(self._channels(wanted), self._walker.device)
+        pairs = zip(self._walker.inputs, self._walker.dense_inputs, strict=True)
+        for batch, (x_BTC, dense_BTC) in enumerate(pairs):
+            rows = self._capture(self.module, [wanted], x_BTC, stop=True)[0][stream]
+            dense_rows = self._capture(self._dense, [wanted], dense_BTC, stop=True)[0][stream]
+            self._feed(batch, wanted, lambda rows=rows, dense_rows=dense_rows: moments.add(rows, dense_rows))
+        return moments
+
+    def replace(self, path: str, quantized: QuantizedWeight, bias_R: torch.Tensor | None = None) -> None:
+        """Put the values of a quantized weight (and a corrected bias) in place of a Linear's."""
+        linear = lookup(self.module, path)
+        assert isinstance(linear, nn.Linear)
+        with torch.no_grad():
+            linear.weight.copy_(quantized.dequantize(linear.weight.dtype))
+            if bias_R is not None:
+                assert linear.bias is not None
+                linear.bias.copy_(bias_R)
+        self.outputs = None
+
+    def propagate(self) -> None:
+        """Move both tracks through the block; outputs kept from an unchanged measuring pass are used again."""
+        walker = self._walker
+        if self._dense is not None:
+            before = walker.dense_inputs
+            walker.dense_inputs = [self._run(self._dense, x_BTC) for x_BTC in before]
+        walker.inputs = self.outputs or [self._run(self.module, x_BTC) for x_BTC in walker.inputs]
+
+    def _channels(self, stream: Stream) -> int:
+        return self.streams[stream.name][stream.linears[0]].in_features
+
+    def _run(self, module: nn.Module, x_BTC: torch.Tensor) -> torch.Tensor:
+        call = self._walker.calls[self.index, x_BTC.shape[0]]
+        out = module(x_BTC.to(self._walker.device), *call.args, **call.kwargs)
+        return (out[0] if isinstance(out, tuple) else out).to(x_BTC.device)
+
+    def _capture(
+        self, module: nn.Module, wanted: Sequence[Stream], x_BTC: torch.Tensor, stop: bool
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        rows: dict[str, torch.Tensor] = {}
+
+        def hook_for(name: str, last: bool) -> Callable[..., None]:
+            def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                rows[name] = inputs[0].reshape(-1, inputs[0].shape[-1])
+                if last and stop:
+                    raise _Stop
+
+            return hook
+
+        handles = [
+            lookup(module, s.linears[0]).register_forward_pre_hook(hook_for(s.name, s is wanted[-1])) for s in wanted
+        ]
+        out_BTC = x_BTC
+        try:
+            out_BTC = self._run(module, x_BTC)
+        except _Stop:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return rows, out_BTC
+
+    def _feed(self, batch: int, stream: Stream, add: Callable[[], None]) -> None:
+        try:
+            add()
+        except UserError as error:
+            raise UserError(f"block {self.index}, stream {stream.name}, batch {batch}: {error}") from None
+
+
+class _Walker:
+    """Hidden states between blocks (on the host) and the arguments every block is called with."""
+
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, ids_NT: torch.Tensor, batch_size: int) -> None:
+        self.device = next(model.parameters()).device
+        self.calls: dict[tuple[int, int], _Call] = {}
+        self.inputs: list[torch.Tensor] = []
+        base = getattr(model, "base_model", model)
+        for ids_BT in ids_NT.split(batch_size):
+            self._record(base, blocks, ids_BT)
+        self.dense_inputs = list(self.inputs)
+
+    def _record(self, base: nn.Module, blocks: nn.ModuleList, ids_BT: torch.Tensor) -> None:
+        """One forward in which every block only notes how it was called: exact masks and positions, layer by layer."""
+
+        def recorder(index: int) -> Callable[..., torch.Tensor]:
+            def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+                if index == 0:
+                    self.inputs.append(hidden_states.to("cpu"))
+                self.calls.setdefault((index, len(ids_BT)), _Call(args, kwargs))
+                return hidden_states
+
+            return forward
+
+        try:
+            for index, block in enumerate(blocks):
+                block.forward = recorder(index)
+            base(input_ids=ids_BT.to(self.device), use_cache=False)
+        finally:
+            for block in blocks:
+                del block.forward
+
+
+def walk(
+    model: nn.Module, family: Family, ids_NT: torch.Tensor, *, batch_size: int = 8, paired: bool = False
+) -> Iterator[Block]:
+    """Yield the blocks of `model` in order, each with the inputs that the blocks before it really produce.
+
+    ids_NT: calibration windows. paired: also carry the dense model's activations (one more copy of them, and
+    of one block). Gradients are off; no global state is touched.
+    """
+    blocks = lookup(model, family.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    with torch.no_grad():
+        walker = _Walker(model, blocks, ids_NT, batch_size)
+    for index, module in enumerate(blocks):
+        block = Block(index, module, family, walker, copy.deepcopy(module) if paired else None)
+        with torch.no_grad():
+            yield block
+            block.propagate()
