@@ -1,0 +1,35 @@
+"""The table of supported model families. A new family is one file and one row here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from mico.adapters.family import Family
+from mico.adapters.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from mico.adapters.opt import ABSENT, OPT
+from mico.errors import UserError
+
+FAMILIES: tuple[Family, ...] = (OPT, LLAMA, MISTRAL, QWEN2, QWEN3)
+
+
+def family_row(model_type: object) -> Family:
+    """The row of a config's `model_type`. Raises UserError listing the supported families."""
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(f"{family.name} ({', '.join(family.model_types)})" for family in FAMILIES)
+    raise UserError(f"model_type {model_type!r:.60} is not supported: the families are {known}")
+
+
+def family_of(config: Any) -> Family:
+    """The family of a transformers config, less the modules that a model of this shape does not have.
+
+    Raises UserError naming the model_type when no family supports it.
+    """
+    family = family_row(getattr(config, "model_type", None))
+
+    def present(paths: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(path for path in paths if path not in ABSENT or not ABSENT[path](config))
+
+    return replace(family, before=present(family.before), after=present(family.after))

@@ -1,0 +1,233 @@
+"""Load a model: everything that can be refused without its weights is refused before they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mico.adapters import family_of, family_row
+from mico.adapters.family import Family, linears_of, lookup
+from mico.errors import UserError
+from mico.loading.names import local_folder, source_of
+from mico.loading.safety import check_folder, check_remote_code, fingerprint, reason, some, tensor_shapes
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_SEQLEN = 2048
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be measured: eval mode, no gradients, no cache, on `device` in `dtype`."""
+
+    model: Any  # a transformers PreTrainedModel
+    tokenizer: Any
+    family: Family
+    name: str  # as the user wrote it
+    source: str  # hub id with its revision, or the folder
+    seqlen: int
+    fingerprint: str
+    dtype: torch.dtype
+    device: torch.device
+    folder: Path  # where config and weights lie on this machine
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the progress bars and warnings of transformers, and put its settings back afterwards."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _checked_folder(name: str, weights: bool, offline: bool, trust_remote_code: bool) -> Path:
+    folder = local_folder(name, weights=weights, offline=offline, trust_remote_code=trust_remote_code)
+    family_row(check_folder(folder).get("model_type"))
+    if not trust_remote_code:
+        check_remote_code(folder)
+    return folder
+
+
+def load_config(name: str, *, offline: bool = False, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a model whose family is supported; no weights are fetched or read."""
+    folder = _checked_folder(name, False, offline, trust_remote_code)
+    return _config(folder, trust_remote_code)
+
+
+def _config(folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a config can be wrong in any way
+        raise UserError(f"{folder / 'config.json'} describes no valid model: {reason(error)}") from None
+
+
+def load_tokenizer(name: str, *, offline: bool = False, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model; no weights are fetched or read."""
+    folder = _checked_folder(name, False, offline, trust_remote_code)
+    return _tokenizer(folder, trust_remote_code)
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        raise UserError(f"{folder} has no tokenizer: one of {', '.join(_TOKENIZER_FILES)} is expected")
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizer formats fail in many ways, a missing optional library among them
+        raise UserError(f"{folder}: the tokenizer cannot be read: {reason(error)}") from None
+
+
+def context_length(config: Any, seqlen: int | None = None) -> int:
+    """The sequence length to use: `seqlen` if the model can take it, else its maximum, at most 2048."""
+    maximum = getattr(config, "max_position_embeddings", None) or DEFAULT_SEQLEN
+    if seqlen is None:
+        return min(maximum, DEFAULT_SEQLEN)
+    if not 2 <= seqlen <= maximum:
+        raise UserError(f"--seqlen {seqlen}: must be from 2 to the model's maximum, {maximum}")
+    return seqlen
+
+
+def pick_device(device: str) -> torch.device:
+    """'auto' is CUDA where there is one, else the CPU. Raises UserError for a device this machine lacks."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+        return chosen
+    except Exception as error:  # RuntimeError, AssertionError or a backend's own type
+        raise UserError(f"--device {device}: not usable here ({reason(error)}): try auto or cpu") from None
+
+
+def load_model(
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    seqlen: int | None = None,
+    offline: bool = False,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a model and its tokenizer. Everything that can be refused without the weights is refused first.
+
+    dtype 'auto': float32 on the CPU, the checkpoint's own on a GPU. Raises UserError as the checks above do, and
+    when weights are missing, of another shape, or not finite, naming the parameter.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: choose from auto, {', '.join(DTYPES)}")
+    place = pick_device(device)
+    config = load_config(name, offline=offline, trust_remote_code=trust_remote_code)
+    family, length = family_of(config), context_length(config, seqlen)
+    folder = _checked_folder(name, True, offline, trust_remote_code)
+    config = _config(folder, trust_remote_code)  # weights can lie in another revision than the one looked at first
+    tokenizer = _tokenizer(folder, trust_remote_code)
+    _check_size(folder, config, tensor_shapes(folder), trust_remote_code)
+    wanted: Any = DTYPES.get(dtype) or (torch.float32 if place.type == "cpu" else "auto")
+    model = _weights(folder, config, wanted, trust_remote_code)
+    if family.prepare is not None:
+        family.prepare(model)
+    try:
+        model.to(place)
+    except torch.OutOfMemoryError:
+        raise UserError(f"model {name} does not fit into the memory of {place}: use --device cpu") from None
+    return LoadedModel(
+        model, tokenizer, family, name, source_of(name, folder), length, fingerprint(folder), model.dtype, place, folder
+    )
+
+
+def _weights(folder: Path, config: Any, dtype: Any, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype, attn_implementation="sdpa", use_safetensors=True,
+                local_files_only=True, trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise UserError(f"{folder}: the weights cannot be loaded: {reason(error)}") from None
+    model, report = loaded
+    if report["mismatched_keys"]:
+        key, stored, described = sorted(report["mismatched_keys"])[0]
+        raise UserError(f"{folder}: '{key}' has shape {tuple(stored)}, config.json describes {tuple(described)}")
+    if report["missing_keys"]:
+        raise UserError(f"{folder}: weights missing: {some(sorted(report['missing_keys']))}: fetch the model again")
+    for key, parameter in model.named_parameters():
+        low, high = torch.aminmax(parameter.detach())
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise UserError(f"{folder}: '{key}' holds NaN or infinite weights in {model.dtype}: fetch the model again")
+    model.config.use_cache = False
+    return model.eval().requires_grad_(False)
+
+
+def _check_size(folder: Path, config: Any, shapes: dict[str, tuple[int, ...]], trust_remote_code: bool) -> None:
+    """Compare what the config describes with what the files hold, on the meta device: no memory is spent on either."""
+    from transformers import AutoModelForCausalLM
+
+    if config.num_hidden_layers > len(shapes):
+        raise UserError(
+            f"{folder}: config.json has {config.num_hidden_layers} layers, the weights {len(shapes)} tensors"
+        )
+    try:
+        with quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a config can be wrong in any way
+        raise UserError(f"{folder / 'config.json'} describes no valid model: {reason(error)}") from None
+    described = sum(parameter.numel() for parameter in model.parameters())
+    stored = sum(torch.Size(shape).numel() for shape in shapes.values())
+    if described > stored:
+        absent = sorted(name for name, _ in model.named_parameters() if name not in shapes)
+        what = f"missing: {some(absent)}" if absent else "the shapes differ"
+        raise UserError(
+            f"{folder}: config.json describes {described:,} parameters, the weights hold {stored:,}; {what}"
+        )
+
+
+def coverage(model: nn.Module, family: Family) -> float:
+    """Share of the parameters in Linears that the family's streams cover; the output head is not counted."""
+    head = getattr(model, "lm_head", None)
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    blocks = lookup(model, family.blocks).children()
+    covered = [linear for block in blocks for stream in family.streams for linear in linears_of(block, stream).values()]
+    return _size(covered) / _size(linears)
+
+
+def describe(model: Any, family: Family) -> dict[str, Any]:
+    """The architecture of a model in plain JSON values, for the report."""
+    config = model.config
+    return {
+        "family": family.name,
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "ffn": getattr(config, "intermediate_size", None) or config.ffn_dim,
+        "vocabulary": config.vocab_size,
+        "tied_head": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def _size(modules: list[nn.Linear]) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
