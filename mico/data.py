@@ -10,11 +10,15 @@ import ast
 import functools
 import gzip
 import hashlib
+import io
 import json
+import logging
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +29,7 @@ from mico.errors import UserError
 
 Split = Literal["train", "validation", "test"]
 TEXTS = ("wikitext2", "ptb", "c4", "docs")
+TEXT_FIELDS = ("text", "sentence")  # in JSON rows and parquet columns; PTB's hub form says `sentence`
 SUFFIXES = (".txt", ".jsonl", ".json.gz", ".parquet")
 C4_DOCUMENTS = 1100  # SparseGPT joins the first 1,100 validation documents of C4 ...
 C4_WINDOWS = 256  # ... and keeps the first 256 windows
@@ -101,9 +106,10 @@ def load_text(
     data_dir = data_dir or os.environ.get("MICO_DATA_DIR")
     if data_dir is not None:
         return _from_dir(Path(data_dir), name, split)
-    if offline or os.environ.get("HF_HUB_OFFLINE") == "1":
+    if offline:
         raise DataError(
-            f"text '{name}' needs the hub and --offline is set: pass --data-dir DIR with {name}/{split}.txt, or use docs"
+            f"text '{name}' needs the hub and --offline is set: "
+            f"pass --data-dir DIR with {name}/{split}.txt, or use the embedded text docs"
         )
     return _from_hub(name, split)
 
@@ -116,8 +122,9 @@ def calibration_windows(source: TextSource, tokenizer: Any, nsamples: int, seqle
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(source.documents), generator=generator).tolist()
-    ids = _tokenize(tokenizer, source.joiner.join(source.documents[i] for i in order))
-    asked, available = nsamples * seqlen, len(ids)
+    asked = nsamples * seqlen
+    ids = _enough_tokens(source, order, tokenizer, asked)
+    available = len(ids)
     if available < asked:
         raise DataError(
             f"calibration asks for {asked:,} tokens ({nsamples} x {seqlen}) and {source.origin} has {available:,}: "
@@ -135,7 +142,7 @@ def evaluation_windows(source: TextSource, tokenizer: Any, seqlen: int) -> Windo
     C4 joins its first 1,100 validation documents and keeps the first 256 windows (sparsegpt/datautils.py).
     """
     documents = source.documents[:C4_DOCUMENTS] if source.name == "c4" else source.documents
-    encoded = tokenizer(source.joiner.join(documents), return_tensors="pt").input_ids[0]
+    encoded = tokenizer(source.joiner.join(documents), return_tensors="pt", verbose=False).input_ids[0]
     asked = C4_WINDOWS * seqlen if source.name == "c4" else None
     ids = encoded[:asked] if asked is not None else encoded
     count = len(ids) // seqlen
@@ -145,8 +152,36 @@ def evaluation_windows(source: TextSource, tokenizer: Any, seqlen: int) -> Windo
     return Windows(ids[: count * seqlen].view(count, seqlen).contiguous(), source, asked, len(encoded), bos)
 
 
+def _enough_tokens(source: TextSource, order: list[int], tokenizer: Any, asked: int) -> torch.Tensor:
+    """Tokens of the first documents of `order`: all of a small text, about four times `asked` of a large one.
+
+    A C4 shard is 0.8 GB: tokenizing all of it to keep a quarter of a million tokens would take minutes.
+    """
+    characters = 16 * asked  # English has about four characters a token
+    while True:
+        taken, length = [], 0
+        for index in order:
+            if length >= characters:
+                break
+            taken.append(source.documents[index])
+            length += len(taken[-1])
+        ids = _tokenize(tokenizer, source.joiner.join(taken))
+        if len(taken) == len(order) or len(ids) >= asked:
+            return ids
+        characters *= 4
+
+
 def _tokenize(tokenizer: Any, text: str) -> torch.Tensor:
-    return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
+    # verbose=False: no "longer than the maximum" warning, windows are cut afterwards
+    return tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0].long()
+
+
+def _digest(documents: Iterable[str]) -> str:
+    """sha256 of the documents joined by NUL, without building the joined text."""
+    digest = hashlib.sha256()
+    for number, document in enumerate(documents):
+        digest.update(b"\x00" * (number > 0) + document.encode(errors="surrogatepass"))
+    return digest.hexdigest()
 
 
 # --- local files ---------------------------------------------------------------------------------------------------
@@ -170,7 +205,10 @@ def _from_dir(data_dir: Path, name: str, split: Split) -> TextSource:
 def _from_file(path: Path, name: str, split: str, joiner: str) -> TextSource:
     if not path.is_file():
         raise DataError(f"{path} does not exist or is not a file")
-    raw = path.read_bytes()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
     documents = _documents(path, raw, name)
     if not any(document.strip() for document in documents):
         raise DataError(f"{path} is empty: no text in it")
@@ -183,29 +221,31 @@ def _documents(path: Path, raw: bytes, name: str) -> list[str]:
     if path.name.endswith(".gz"):
         try:
             raw = gzip.decompress(raw)
-        except (OSError, EOFError) as error:
-            raise DataError(f"{path} is not a whole gzip file: {error}") from None
-    if path.name.endswith((".jsonl", ".json.gz", ".json")):
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path} is not a whole gzip file ({error}): fetch it again") from None
+    if path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
         return [_json_text(path, number, line) for number, line in enumerate(raw.splitlines(), 1) if line.strip()]
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}:{line}: not UTF-8 (byte {raw[error.start]:#04x}): convert the file") from None
+    # Only newlines end a row, as in the hub's builders: str.splitlines would also cut at U+2028 and the like.
     if name == "wikitext2":  # rows of the hub's set keep their newline, blank rows are empty strings
-        return [row if row.strip() else "" for row in text.splitlines(keepends=True)]
-    return [row.strip() for row in text.splitlines()] if name == "ptb" else [text]
+        return [row if row.strip() else "" for row in io.StringIO(text, newline=None)]
+    return [row.strip() for row in io.StringIO(text, newline=None)] if name == "ptb" else [text]
 
 
 def _json_text(path: Path, number: int, line: bytes) -> str:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, nesting without end
         raise DataError(f"{path}:{number}: not JSON ({error}): one object a line is expected") from None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+    field = next((f for f in TEXT_FIELDS if isinstance(row, dict) and isinstance(row.get(f), str)), None)
+    if field is None:
         found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-        raise DataError(f"{path}:{number}: no string field 'text' (found: {found or 'nothing'})")
-    return row["text"]
+        raise DataError(f"{path}:{number}: no string field 'text' (found: {found[:80] or 'nothing'})")
+    return row[field]
 
 
 def _parquet_documents(path: Path) -> list[str]:
@@ -215,9 +255,11 @@ def _parquet_documents(path: Path) -> list[str]:
         table = pq.read_table(path)
     except Exception as error:  # pyarrow raises several unrelated types on a damaged file
         raise DataError(f"{path} cannot be read as parquet: {error}") from None
-    column = next((c for c in ("text", "sentence") if c in table.column_names), None)
+    column = next((c for c in TEXT_FIELDS if c in table.column_names), None)
     if column is None:
         raise DataError(f"{path}: no column 'text' or 'sentence' (found: {', '.join(table.column_names)})")
+    if str(table[column].type) not in ("string", "large_string", "string_view"):
+        raise DataError(f"{path}: column '{column}' holds {table[column].type}, not text")
     return [text or "" for text in table[column].to_pylist()]
 
 
@@ -230,13 +272,14 @@ def _from_hub(name: str, split: Split) -> TextSource:
     from datasets import load_dataset
 
     try:
-        if name == "wikitext2":
-            rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"]
-        elif name == "ptb":  # a script repository: its parquet conversion is the loadable form
-            hub = "ptb-text-only/ptb_text_only"
-            rows = load_dataset(hub, revision="refs/convert/parquet", split=split)["sentence"]
-        else:
-            rows = load_dataset("allenai/c4", data_files={split: _C4_SHARDS[split]}, split=split)["text"]
+        with _quiet_hub():
+            if name == "wikitext2":
+                rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"]
+            elif name == "ptb":  # a script repository: its parquet conversion is the loadable form
+                hub = "ptb-text-only/ptb_text_only"
+                rows = load_dataset(hub, revision="refs/convert/parquet", split=split)["sentence"]
+            else:
+                rows = load_dataset("allenai/c4", data_files={split: _C4_SHARDS[split]}, split=split)["text"]
     except Exception as error:  # the hub client raises dozens of types; the remedy is the same for all
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise DataError(
@@ -244,8 +287,19 @@ def _from_hub(name: str, split: Split) -> TextSource:
             f"or pass --data-dir DIR with {name}/{split}.txt, or --calib docs --eval docs"
         ) from None
     documents = tuple(rows)
-    digest = hashlib.sha256("\x00".join(documents).encode()).hexdigest()
-    return TextSource(name, split, documents, JOINERS[name], f"hub:{name}", digest)
+    return TextSource(name, split, documents, JOINERS[name], f"hub:{name}", _digest(documents))
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Hold back the hub client's warning at each retry: what went wrong is said once, in the error."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 # --- the embedded documentation corpus -----------------------------------------------------------------------------
@@ -260,12 +314,10 @@ def embedded_corpus(share: Literal["train", "test"]) -> TextSource:
     Split by topic (a help topic, or a top-level module) through a hash of its name, so the two shares
     never hold parts of one topic and another Python version moves no topic between them.
     """
-    documents = [
-        text for topic, text in _topics() if (share == "test") == (_percentile(topic) < DOCS_TEST_PERCENT)
-    ]
+    documents = [text for topic, text in _topics() if (share == "test") == (_percentile(topic) < DOCS_TEST_PERCENT)]
     if not documents:
         raise DataError("this Python carries no documentation sources: pass --data-dir or --data-file")
-    digest = hashlib.sha256("\x00".join(documents).encode()).hexdigest()
+    digest = _digest(documents)
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     return TextSource("docs", share, tuple(documents), JOINERS["docs"], f"Python {version} documentation", digest)
 
@@ -280,10 +332,11 @@ def _topics() -> tuple[tuple[str, str], ...]:
 
 
 def _read_topics() -> Iterator[tuple[str, str]]:
-    from pydoc_data import topics
+    with suppress(ImportError):  # some distributions strip the help texts; the docstrings remain
+        from pydoc_data import topics
 
-    for topic in sorted(topics.topics):
-        yield f"topic:{topic}", topics.topics[topic].strip()
+        for topic in sorted(topics.topics):
+            yield f"topic:{topic}", topics.topics[topic].strip()
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts

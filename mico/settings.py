@@ -119,3 +119,63 @@ def parse_pattern(text: str | None) -> tuple[int, int] | None:
 def record(settings: Any) -> dict[str, Any]:
     """A settings record as plain JSON values, for manifests and fingerprints."""
     return asdict(settings)
+
+
+# The field's ablation: what each arm sets. The third is mico's default.
+_ARM_SETTINGS: dict[str, dict[str, Any]] = {
+    "original": dict(method="sparsegpt", use_mi_grouping=False),
+    "enhanced": dict(method="sparsegpt", grouping="importance", allocation="thresholds"),
+    "mi": dict(method="mico", grouping="mi", allocation="rate"),
+}
+DEFAULT_SPARSITY = 0.5
+
+
+def compression_of(
+    *,
+    sparsity: float | None,
+    pattern: str | None,
+    wbits: int,
+    target_avg_bits: float | None,
+    n_groups: int | str,
+    use_mi_grouping: bool | None,
+    grouping: str | None,
+    mi_method: str,
+    cluster: str,
+    method: str | None,
+    arm: str | None,
+    allocation: str | None,
+    group_size: int | None,
+    percdamp: float,
+    blocksize: int,
+) -> Compression:
+    """The options of `compress` as one record; None means 'by the arm, else by the method'.
+
+    Raises UserError for options that contradict each other or the arm.
+    """
+    given = dict(method=method, use_mi_grouping=use_mi_grouping, grouping=grouping, allocation=allocation)
+    if arm is not None:
+        choose("--arm", arm, ARMS)
+        for option, value in _ARM_SETTINGS[arm].items():
+            if given[option] not in (None, value):
+                name = option.replace("_", "-")
+                raise UserError(f"--{name} {given[option]} contradicts --arm {arm} ({value}): leave one of them out")
+            given[option] = value
+    name = given["method"] or "mico"
+    parsed = parse_pattern(pattern)
+    if sparsity is None:
+        sparsity = 0.0 if parsed or name in ("gptq", "rtn") else DEFAULT_SPARSITY
+    elif parsed and sparsity not in (0.0, 1 - parsed[0] / parsed[1]):
+        raise UserError(f"--sparsity {sparsity} contradicts --pattern {pattern}: leave --sparsity out")
+    wanted = given["grouping"] is not None or given["use_mi_grouping"]
+    if wanted is None:
+        wanted = name == "mico" and group_size is None
+    if given["use_mi_grouping"] is False and given["grouping"] is not None:
+        raise UserError(f"--no-mi-grouping contradicts --grouping {given['grouping']}: leave one of them out")
+    if wanted and name in ("gptq", "wanda", "rtn"):
+        raise UserError(f"--method {name} has no channel groups: leave the grouping options out, or use mico")
+    groups = Grouping(n_groups, given["grouping"] or "mi", mi_method, cluster) if wanted and wbits != 16 else None
+    return Compression(
+        method=name, sparsity=0.0 if parsed else sparsity, pattern=parsed, wbits=wbits,
+        target_avg_bits=target_avg_bits, grouping=groups, group_size=group_size,
+        allocation=given["allocation"] or "rate", percdamp=percdamp, blocksize=blocksize,
+    )  # fmt: skip

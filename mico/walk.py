@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -45,9 +46,7 @@ class _Call:
 class Block:
     """One block on its way through the walk, with the inputs it gets from the blocks before it."""
 
-    def __init__(
-        self, index: int, module: nn.Module, family: Family, walker: _Walker, dense: nn.Module | None
-    ) -> None:
+    def __init__(self, index: int, module: nn.Module, family: Family, walker: _Walker, dense: nn.Module | None) -> None:
         self.index, self.module, self._family, self._walker, self._dense = index, module, family, walker, dense
         self.streams: dict[str, dict[str, nn.Linear]] = {s.name: linears_of(module, s) for s in family.streams}
         self.outputs: list[torch.Tensor] | None = None
@@ -67,7 +66,8 @@ class Block:
         for batch, x_BTC in enumerate(self._walker.inputs):
             rows, out_BTC = self._capture(self.module, wanted, x_BTC, stop=not whole)
             for stream in wanted:
-                self._feed(batch, stream, lambda name=stream.name: meters[name].add(rows[name]))
+                with self._naming(stream, batch):
+                    meters[stream.name].add(rows[stream.name])
             outputs.append(out_BTC)
         self.outputs = outputs if whole else None
         return meters
@@ -81,7 +81,8 @@ class Block:
         for batch, (x_BTC, dense_BTC) in enumerate(pairs):
             rows = self._capture(self.module, [wanted], x_BTC, stop=True)[0][stream]
             dense_rows = self._capture(self._dense, [wanted], dense_BTC, stop=True)[0][stream]
-            self._feed(batch, wanted, lambda rows=rows, dense_rows=dense_rows: moments.add(rows, dense_rows))
+            with self._naming(wanted, batch):
+                moments.add(rows, dense_rows)
         return moments
 
     def replace(self, path: str, quantized: QuantizedWeight, bias_R: torch.Tensor | None = None) -> None:
@@ -137,9 +138,10 @@ class Block:
                 handle.remove()
         return rows, out_BTC
 
-    def _feed(self, batch: int, stream: Stream, add: Callable[[], None]) -> None:
+    @contextmanager
+    def _naming(self, stream: Stream, batch: int) -> Iterator[None]:
         try:
-            add()
+            yield
         except UserError as error:
             raise UserError(f"block {self.index}, stream {stream.name}, batch {batch}: {error}") from None
 

@@ -86,7 +86,7 @@ def allocate_thresholds(
     level = np.where(share > HIGH, 8, np.where(share >= LOW, 5, 3)).astype(np.int64)
     density = share / np.maximum(size, 1)  # importance a stored bit buys
     while (level * size).sum() > budget_bits and (level > WIDTHS[0]).any():
-        rounds = np.argsort(density * 4.0**-level.astype(np.float64), kind="stable")
+        rounds = np.argsort(density * 4.0 ** -level.astype(np.float64), kind="stable")
         level[next(g for g in rounds if level[g] > WIDTHS[0])] -= 1
     left = budget_bits - (level * size).sum()
     while True:

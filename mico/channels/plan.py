@@ -37,12 +37,16 @@ class ChannelGroups:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How to compress one Linear: bits of every group (0 = the group is pruned, 16 = not quantized)."""
+    """How to compress one Linear: bits of every group (16 = not quantized).
+
+    factored: scales a_r * b_g on a symmetric grid; else one min-max scale and zero per (row, group).
+    """
 
     groups: ChannelGroups
     bits_G: tuple[int, ...]
     sparsity: float = 0.0
     pattern: tuple[int, int] | None = None
+    factored: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.bits_G) == self.groups.count, (len(self.bits_G), self.groups.count)

@@ -9,16 +9,14 @@ Source: algorithm notes, asymmetric target (GPTAQ) and shrinkage. Suffixes: R ro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from mico.channels.meters import PairedMoments, SecondMoments
-from mico.methods.method import Layer, LayerResult, StreamProblem, relative_error
-from mico.methods.sparsegpt import pack, used
+from mico.methods.method import Layer, LayerResult, StreamProblem
+from mico.methods.sparsegpt import collect, fit_grid, used
 from mico.methods.sweep import Factor, factorize, sweep
-from mico.methods.wanda import keep_mask
-from mico.packed.grid import Grid, symmetric_grid
 
 UNJUDGED_SHRINKAGE = 0.5  # when no batch could be held out
 
@@ -39,28 +37,21 @@ def mico(problem: StreamProblem) -> list[LayerResult]:
         target_RC[segment.rows] += shrinkage * step_RC[segment.rows]
     target_RC[:, factor.dead_C] = 0
     pivots_C = factor.pivots_C.float()
-    grids = [_fit(layer, target_RC[s.rows], pivots_C) for layer, s in zip(problem.layers, problem.segments, strict=True)]
+    grids = [
+        fit_grid(layer, target_RC[segment.rows], pivots_C)
+        for layer, segment in zip(problem.layers, problem.segments, strict=True)
+    ]
     swept = sweep(target_RC, factor, problem.segments, used(grids), problem.blocksize)
-
-    results = []
-    for layer, segment, grid, (shrinkage, judged) in zip(problem.layers, problem.segments, grids, shrinkages, strict=True):
-        rows = segment.rows
-        keep_RC = swept.keep_RC[rows] if swept.keep_RC is not None and (segment.sparsity or segment.pattern) else None
-        codes_RC = swept.codes_RC[rows] if swept.codes_RC is not None else None
-        quantized = pack(layer, swept.weight_RC[rows], codes_RC, keep_RC, grid)
-        value_RC = quantized.dequantize()
-        facts = {
-            "error": relative_error(dense_RC[rows], value_RC, problem.moments.gram_CC),
-            "damping": factor.damping,
-            "dead": int(factor.dead_C.sum()),
-            "shrinkage": shrinkage,
-        }
-        fallbacks = [f"damping raised to {factor.damping:g}"] if factor.escalated else []
-        if not judged:
-            fallbacks.append(f"no held-out batch: shrinkage {UNJUDGED_SHRINKAGE}")
-        bias_R = _corrected_bias(layer, value_RC, problem.moments, paired)
-        results.append(LayerResult(quantized, bias_R, facts, tuple(fallbacks)))
-    return results
+    results = collect(problem, dense_RC, swept, grids, factor)
+    return [
+        replace(
+            result,
+            bias_R=_corrected_bias(layer, result.quantized.dequantize(), problem.moments, paired),
+            facts=result.facts | {"shrinkage": shrinkage},
+            fallbacks=result.fallbacks + (() if judged else (f"no held-out batch: shrinkage {UNJUDGED_SHRINKAGE}",)),
+        )
+        for layer, result, (shrinkage, judged) in zip(problem.layers, results, shrinkages, strict=True)
+    ]
 
 
 def _moments(
@@ -113,23 +104,6 @@ class _Judge:
         gain = float(((weight_RC @ self.drift_CC.float()) * step_RC).sum(dtype=torch.float64))
         cost = float(((step_RC @ self.held_CC.float()) * step_RC).sum(dtype=torch.float64))
         return (min(1.0, max(0.0, gain / cost)) if cost > 0 else 0.0), True
-
-
-def _fit(layer: Layer, target_RC: torch.Tensor, pivots_C: torch.Tensor) -> Grid | None:
-    if layer.plan.bits_G[0] == 16:
-        return None
-    importance_RC = survivor_importance(target_RC, pivots_C, layer.plan.sparsity, layer.plan.pattern)
-    return symmetric_grid(target_RC, importance_RC, layer.plan.groups.label_C, layer.plan.bits_G)
-
-
-def survivor_importance(
-    weight_RC: torch.Tensor, pivots_C: torch.Tensor, sparsity: float, pattern: tuple[int, int] | None
-) -> torch.Tensor:
-    """1 / U_ii² of the weights that the mask is likely to keep (before compensation), else 0; (R, C)."""
-    cost_C = pivots_C.square().reciprocal()
-    importance_RC = cost_C.expand_as(weight_RC)
-    keep_RC = keep_mask(weight_RC.square() * cost_C, sparsity, pattern, per_row=False)
-    return importance_RC if keep_RC is None else importance_RC * keep_RC
 
 
 def _corrected_bias(

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from mico.methods.method import Layer, LayerResult, StreamProblem, relative_error
-from mico.methods.sweep import Factor, Swept, factorize, sweep
-from mico.packed.grid import Grid, minmax_grid
+from mico.methods.sweep import Factor, Swept, factorize, keep_mask, sweep
+from mico.packed.grid import Grid, minmax_grid, symmetric_grid
 from mico.packed.quantized import QuantizedWeight
 
 
@@ -18,16 +18,27 @@ def sparsegpt(problem: StreamProblem) -> list[LayerResult]:
     """Compress every Linear of the stream in one sweep. Source: Frantar & Alistarh 2023; GPTQ 2022."""
     factor = factorize(problem.moments.hessian_CC, problem.percdamp)
     weight_RC = problem.weight_RC.float()
-    grids = [fit_minmax(layer) for layer in problem.layers]
+    pivots_C = factor.pivots_C.float()
+    grids = [fit_grid(layer, layer.weight_RC.float(), pivots_C) for layer in problem.layers]
     swept = sweep(weight_RC, factor, problem.segments, used(grids), problem.blocksize)
     return collect(problem, weight_RC, swept, grids, factor)
 
 
-def fit_minmax(layer: Layer) -> Grid | None:
-    """The grid of a Linear, None when its plan does not quantize."""
-    if layer.plan.bits_G[0] == 16:
+def fit_grid(layer: Layer, weight_RC: torch.Tensor, pivots_C: torch.Tensor | None = None) -> Grid | None:
+    """The grid of a Linear fitted on these weights, None when its plan does not quantize.
+
+    A factored grid is fitted to the weights that the mask is likely to keep (before compensation), each counted
+    by 1 / U_ii², the price of its error in the sweep.
+    """
+    plan = layer.plan
+    if plan.bits_G[0] == 16:
         return None
-    return minmax_grid(layer.weight_RC.float(), layer.plan.groups.label_C, layer.plan.bits_G)
+    if not plan.factored:
+        return minmax_grid(weight_RC, plan.groups.label_C, plan.bits_G)
+    cost_C = torch.ones(weight_RC.shape[1]) if pivots_C is None else pivots_C.square().reciprocal()
+    keep_RC = keep_mask(weight_RC.square() * cost_C, plan.sparsity, plan.pattern, per_row=False)
+    importance_RC = cost_C.expand_as(weight_RC) if keep_RC is None else cost_C * keep_RC
+    return symmetric_grid(weight_RC, importance_RC, plan.groups.label_C, plan.bits_G)
 
 
 def used(grids: list[Grid | None]) -> list[Grid] | None:
@@ -46,8 +57,8 @@ def pack(
         return grid.quantized(codes_RC, keep_RC, layer.plan.pattern)
     half = layer.weight_RC.dtype if layer.weight_RC.element_size() == 2 else torch.float16
     none = torch.zeros(0, 1, dtype=torch.float16)
-    groups = layer.plan.groups
-    return QuantizedWeight(value_RC.to(half), none, None, None, (16,) * groups.count, groups.label_C, keep_RC, layer.plan.pattern)
+    plan = layer.plan
+    return QuantizedWeight(value_RC.to(half), none, None, None, plan.bits_G, plan.groups.label_C, keep_RC, plan.pattern)
 
 
 def collect(

@@ -58,7 +58,7 @@ def factorize(hessian_CC: torch.Tensor, percdamp: float) -> Factor:
             upper_CC = inverse_CC.flip(0, 1)
             if torch.isfinite(upper_CC).all():
                 return Factor(upper_CC, dead_C, damping, step)
-    raise UserError(f"the Hessian cannot be factored even with damping {damping:g}: more calibration samples are needed")
+    raise UserError(f"the Hessian cannot be factored even with damping {damping:g}: more --nsamples are needed")
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,25 @@ def lowest(score: torch.Tensor, count: int) -> torch.Tensor:
     if count <= 0:
         return torch.zeros_like(score, dtype=torch.bool)
     return score <= score.flatten().kthvalue(count).values
+
+
+def keep_mask(
+    score_RC: torch.Tensor, sparsity: float, pattern: tuple[int, int] | None, per_row: bool
+) -> torch.Tensor | None:
+    """Keep the highest scores: the best n of every m, a share of every row, or a share of the whole layer."""
+    rows, channels = score_RC.shape
+    if pattern is not None:
+        n, m = pattern
+        score_RBM = score_RC.reshape(rows, channels // m, m)
+        best = score_RBM.topk(n, dim=-1).indices
+        return torch.zeros_like(score_RBM, dtype=torch.bool).scatter_(-1, best, True).reshape(rows, channels)
+    if sparsity == 0:
+        return None
+    if not per_row:
+        return ~lowest(score_RC, int(score_RC.numel() * sparsity))
+    kept = channels - int(channels * sparsity)
+    best = score_RC.topk(kept, dim=1).indices
+    return torch.zeros_like(score_RC, dtype=torch.bool).scatter_(1, best, True)
 
 
 class _Levels:

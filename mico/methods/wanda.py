@@ -7,15 +7,15 @@ from collections.abc import Callable
 import torch
 
 from mico.methods.method import Layer, LayerResult, StreamProblem, relative_error
-from mico.methods.sparsegpt import fit_minmax, pack
-from mico.methods.sweep import lowest
+from mico.methods.sparsegpt import fit_grid, pack
+from mico.methods.sweep import keep_mask
 from mico.packed.grid import quantize
 
 
 def wanda(problem: StreamProblem) -> list[LayerResult]:
     """Prune by |w| * ‖x_c‖ within each output row, then round to nearest. Source: Sun et al. 2023."""
     norm_C = problem.moments.gram_CC.diagonal().sqrt().float()
-    return [_round(problem, layer, lambda weight_RC: weight_RC.abs() * norm_C, per_row=True) for layer in problem.layers]
+    return [_round(problem, layer, lambda w_RC: w_RC.abs() * norm_C, per_row=True) for layer in problem.layers]
 
 
 def rtn(problem: StreamProblem) -> list[LayerResult]:
@@ -28,7 +28,7 @@ def _round(
 ) -> LayerResult:
     weight_RC = layer.weight_RC.float()
     keep_RC = keep_mask(score(weight_RC), layer.plan.sparsity, layer.plan.pattern, per_row)
-    grid = fit_minmax(layer)
+    grid = fit_grid(layer, weight_RC)
     value_RC, codes_RC = weight_RC, None
     if grid is not None:
         label_C = grid.label_C
@@ -39,22 +39,3 @@ def _round(
     quantized = pack(layer, value_RC, codes_RC, keep_RC, grid)
     error = relative_error(weight_RC, quantized.dequantize(), problem.moments.gram_CC)
     return LayerResult(quantized, None, {"error": error, "damping": 0.0, "dead": 0})
-
-
-def keep_mask(
-    score_RC: torch.Tensor, sparsity: float, pattern: tuple[int, int] | None, per_row: bool
-) -> torch.Tensor | None:
-    """Keep the highest scores: the best n of every m, a share of every row, or a share of the whole layer."""
-    rows, channels = score_RC.shape
-    if pattern is not None:
-        n, m = pattern
-        score_RBM = score_RC.reshape(rows, channels // m, m)
-        best = score_RBM.topk(n, dim=-1).indices
-        return torch.zeros_like(score_RBM, dtype=torch.bool).scatter_(-1, best, True).reshape(rows, channels)
-    if sparsity == 0:
-        return None
-    if not per_row:
-        return ~lowest(score_RC, int(score_RC.numel() * sparsity))
-    kept = channels - int(channels * sparsity)
-    best = score_RC.topk(kept, dim=1).indices
-    return torch.zeros_like(score_RC, dtype=torch.bool).scatter_(1, best, True)

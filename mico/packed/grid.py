@@ -44,13 +44,27 @@ class Grid:
     def levels_G(self) -> torch.Tensor:
         return torch.tensor([2.0**bits for bits in self.bits_G], device=self.row_scale_RG.device)
 
-    def quantized(self, codes_RC: torch.Tensor, keep_RC: torch.Tensor | None, pattern: tuple[int, int] | None) -> QuantizedWeight:
+    def nearest(self, weight_RC: torch.Tensor) -> torch.Tensor:
+        """The grid point nearest to every weight, (R, C)."""
+        scale_RC, zero_RC = self.scale_RG[:, self.label_C], self.zero_point_RG[:, self.label_C]
+        maxq_C = (self.levels_G - 1)[self.label_C]
+        return (quantize(weight_RC, scale_RC, zero_RC, maxq_C) - zero_RC) * scale_RC
+
+    def quantized(
+        self, codes_RC: torch.Tensor, keep_RC: torch.Tensor | None, pattern: tuple[int, int] | None
+    ) -> QuantizedWeight:
         """The QuantizedWeight of these codes on this grid."""
         if keep_RC is not None:
             codes_RC = codes_RC * keep_RC
         return QuantizedWeight(
-            codes_RC.to(torch.uint8), self.row_scale_RG, self.group_scale_G, self.zero_RG, self.bits_G,
-            self.label_C, keep_RC, pattern,
+            codes_RC.to(torch.uint8),
+            self.row_scale_RG,
+            self.group_scale_G,
+            self.zero_RG,
+            self.bits_G,
+            self.label_C,
+            keep_RC,
+            pattern,
         )
 
 
@@ -112,7 +126,9 @@ def symmetric_grid(
 class _ScaleSearch:
     """Weighted quantization error of every (row, group) at candidate scales."""
 
-    def __init__(self, weight_RC: torch.Tensor, importance_RC: torch.Tensor, label_C: torch.Tensor, half_G: torch.Tensor):
+    def __init__(
+        self, weight_RC: torch.Tensor, importance_RC: torch.Tensor, label_C: torch.Tensor, half_G: torch.Tensor
+    ) -> None:
         self.weight_RC, self.importance_RC, self.half_G, self.label_C = weight_RC, importance_RC, half_G, label_C
         self.half_C = half_G[label_C]
 

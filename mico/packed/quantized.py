@@ -60,14 +60,15 @@ class QuantizedWeight:
         return torch.zeros(groups, dtype=torch.int64).index_add_(0, self.label_C.cpu(), per_channel_C.cpu().long())
 
     def stored_bits(self) -> dict[str, int]:
-        """Bits on disk by part: codes, scales, zeros, mask. The stream's channel labels are counted by `label_bits`."""
+        """Bits on disk by part: codes, scales, zeros, widths, mask. `label_bits` counts a stream's channel labels."""
         bits_G = torch.tensor(self.bits_G)
         codes = int((self.kept_G() * bits_G).sum())
         if not self.quantized:
-            return dict(codes=codes, scales=0, zeros=0, mask=self._mask_bits())
+            return dict(codes=codes, scales=0, zeros=0, widths=0, mask=self._mask_bits())
         scales = SCALE_BITS * (self.row_scale_RG.numel() + (0 if self.group_scale_G is None else len(self.bits_G)))
         zeros = 0 if self.zero_RG is None else int(bits_G.sum()) * len(self.zero_RG)
-        return dict(codes=codes, scales=scales, zeros=zeros, mask=self._mask_bits())
+        widths = 0 if len(set(self.bits_G)) == 1 else GROUP_HEADER_BITS * len(self.bits_G)
+        return dict(codes=codes, scales=scales, zeros=zeros, widths=widths, mask=self._mask_bits())
 
     def _mask_bits(self) -> int:
         if self.keep_RC is None:
@@ -78,9 +79,15 @@ class QuantizedWeight:
         return self.keep_RC.numel() // m * math.ceil(math.log2(math.comb(m, n)))
 
 
-def label_bits(label_C: torch.Tensor, groups: int) -> int:
-    """Bits of one stream's channel labels (their order inside a group is the original one) and group widths."""
+def label_bits(label_C: torch.Tensor) -> int:
+    """Bits of one stream's channel labels, which fix its order (original order inside a group).
+
+    Sorted labels are the group sizes alone (16 bits each); equal contiguous groups follow from their number.
+    """
+    groups = int(label_C.max()) + 1
     if groups == 1:
         return 0
-    contiguous = bool((label_C[1:] >= label_C[:-1]).all())
-    return GROUP_HEADER_BITS * groups + (0 if contiguous else len(label_C) * math.ceil(math.log2(groups)))
+    if bool((label_C[1:] >= label_C[:-1]).all()):
+        sizes_G = torch.bincount(label_C)
+        return 0 if len(set(sizes_G[:-1].tolist())) == 1 and sizes_G[-1] <= sizes_G[0] else 16 * groups
+    return len(label_C) * math.ceil(math.log2(groups))

@@ -57,7 +57,9 @@ def training_texts(data_dir: Path) -> dict[str, str]:
     """Texts by name, never a test file: embedded docs (training share), wikitext2, ptb, c4, corpora/*.jsonl."""
     sources = {name: load_text(name, "train", data_dir=data_dir) for name in TEXTS if name != "docs"}
     sources["docs"] = embedded_corpus("train")
-    texts = {name: s.joiner.join(s.documents) if name != "c4" else "</s>".join(s.documents) for name, s in sources.items()}
+    texts = {
+        name: s.joiner.join(s.documents) if name != "c4" else "</s>".join(s.documents) for name, s in sources.items()
+    }
     for path in sorted((data_dir / "corpora").glob("*.jsonl")):
         source = load_text(path.name, "train", data_file=path)
         texts[path.stem] = "</s>".join(source.documents)
@@ -144,10 +146,14 @@ def train(recipe: Recipe, streams: dict[str, torch.Tensor], work: Path, device: 
         if step % 50 == 0:
             rate = (step - first) * SEQLEN * BATCH / (time.monotonic() - started)
             left = (recipe.steps - step) * SEQLEN * BATCH / rate / 60
-            print(f"step {step}/{recipe.steps} loss {running / 50:.4f} {rate:,.0f} tok/s {left:.0f} min left", flush=True)
+            print(
+                f"step {step}/{recipe.steps} loss {running / 50:.4f} {rate:,.0f} tok/s {left:.0f} min left", flush=True
+            )
             running = 0.0
         if step % 200 == 0 or step == recipe.steps:
-            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, window=window, epoch=epoch)
+            state = dict(
+                model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, window=window, epoch=epoch
+            )
             torch.save(state, checkpoint.with_suffix(".tmp"))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
     return model

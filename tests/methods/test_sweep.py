@@ -47,7 +47,9 @@ def test_sweep_equals_naive(case: str, blocksize: int) -> None:
     labels = torch.arange(channels) * 7 % 4 if grouped else torch.zeros(channels, dtype=torch.int64)
     bits = options.pop("bits", None)
     sparsity, pattern = options.get("sparsity", 0.0), options.get("pattern")
-    expected, keep = obs(weight.numpy(), hessian.numpy(), labels=labels.numpy(), bits=bits, blocksize=blocksize, **options)
+    expected, keep = obs(
+        weight.numpy(), hessian.numpy(), labels=labels.numpy(), bits=bits, blocksize=blocksize, **options
+    )
 
     grids = [minmax_grid(weight, labels, tuple(bits))] if bits else None
     factor = factorize(hessian, 0.01)

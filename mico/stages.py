@@ -1,0 +1,268 @@
+"""What comes before compression, each kept in a folder of its own: calibration text, statistics, channel groups.
+
+A stage is identified by everything its result depends on (model, text, samples, seqlen, seed ...). It is read
+when a finished folder of that identity exists and made, block by block and resumable, when not. The verbs
+calibrate and mi-group are these stages; compress runs those that are missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mico.adapters import family_of
+from mico.adapters.family import Family, linears_of, lookup
+from mico.channels.grouping import cluster, random_groups, sorted_groups
+from mico.channels.information import mutual_information
+from mico.channels.meters import Reservoir, SecondMoments
+from mico.channels.plan import ChannelGroups
+from mico.console import Console
+from mico.data import Windows, calibration_windows, load_text
+from mico.errors import UserError
+from mico.loading import (
+    LoadedModel,
+    context_length,
+    fingerprint,
+    is_reference,
+    load_config,
+    load_model,
+    load_tokenizer,
+    local_folder,
+    pick_device,
+)  # fmt: skip
+from mico.methods.sweep import factorize
+from mico.perplexity import default_calibration
+from mico.runs import RunFolder
+from mico.runs import fingerprint as digest
+from mico.settings import Grouping, Source, record
+from mico.walk import Block, walk
+
+LAYOUT = 1  # of the tensors in a stage's folder; another number makes old folders unfit
+SORTED_GROUPS = 8  # groups of the sorted and random controls when --n-groups is auto
+DAMPING = 0.01  # of the factor behind alpha-sorted groups
+
+
+def results_root() -> Path:
+    """Where folders without a name given by the user go: $MICO_RESULTS or ./results."""
+    return Path(os.environ.get("MICO_RESULTS", "results"))
+
+
+class Preparation:
+    """A model and its calibration windows; everything that can be refused is refused before weights are read."""
+
+    def __init__(self, source: Source, console: Console) -> None:
+        self.source, self.console = source, console
+        hub = dict(offline=source.offline, trust_remote_code=source.trust_remote_code)
+        self.device = pick_device(source.device)
+        self.config = load_config(source.model, **hub)
+        self.family: Family = family_of(self.config)
+        self.tokenizer = load_tokenizer(source.model, **hub)
+        self.seqlen = context_length(self.config, source.seqlen)
+        self.reference = is_reference(source.model)
+        text = source.calib or default_calibration(self.reference, source.data_dir, source.data_file)
+        found = load_text(text, "train", data_dir=source.data_dir, data_file=source.data_file, offline=source.offline)
+        self.windows: Windows = calibration_windows(found, self.tokenizer, source.nsamples, self.seqlen, source.seed)
+        console.note(f"calibration {self.windows.describe()}")
+        self.folder = local_folder(source.model, **hub)
+        self._loaded: LoadedModel | None = None
+
+    @property
+    def label(self) -> str:
+        """The model's name as part of a folder name."""
+        return Path(self.source.model).name.lower()
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything the activations depend on."""
+        source = self.source
+        dtype = "float32" if source.dtype == "auto" and self.device.type == "cpu" else source.dtype
+        return dict(
+            model=fingerprint(self.folder), text=self.windows.source.name, text_sha256=self.windows.source.sha256,
+            nsamples=source.nsamples, seqlen=self.seqlen, seed=source.seed, batch_size=source.batch_size, dtype=dtype,
+        )  # fmt: skip
+
+    def load(self) -> LoadedModel:
+        """The model in memory, read at the first call."""
+        if self._loaded is None:
+            source = self.source
+            with self.console.stage("load"):
+                self._loaded = load_model(
+                    source.model, device=source.device, dtype=source.dtype, seqlen=source.seqlen,
+                    offline=source.offline, trust_remote_code=source.trust_remote_code,
+                )  # fmt: skip
+        return self._loaded
+
+    def forget(self) -> None:
+        """Drop the model: it is about to be changed, or is no longer needed."""
+        self._loaded = None
+
+    def blocks(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+
+def kept_stage(
+    kind: str,
+    folder: Path,
+    identity: dict[str, Any],
+    blocks: int,
+    console: Console,
+    make: Callable[[RunFolder, Callable[[str], None]], None],
+) -> RunFolder:
+    """The finished folder of a stage, made by `make` (which writes the blocks still missing) unless it is there.
+
+    Raises UserError naming the field in which a folder given by hand differs.
+    """
+    arguments = dict(kind=kind, layout=LAYOUT) | identity
+    found = RunFolder.view(folder, arguments)
+    if found is not None:
+        console.note(f"{kind}: reusing {folder}")
+        return found
+    with RunFolder.open(folder, arguments) as run, console.stage(kind):
+        if run.finished:
+            console.note(f"{kind}: {run.finished} of {blocks} blocks were there, going on")
+        with console.bar(kind, blocks, run.finished) as advance:
+            make(run, advance)
+        run.finish({})
+    console.note(f"{kind}: written to {folder}")
+    found = RunFolder.view(folder, arguments)
+    assert found is not None
+    return found
+
+
+# --- statistics ----------------------------------------------------------------------------------------------------
+
+
+class StreamMeter:
+    """Second moments and a reservoir of rows of one stream."""
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        self.moments, self.reservoir = SecondMoments.empty(channels, device), Reservoir(channels)
+
+    def add(self, x_TC: torch.Tensor) -> None:
+        self.moments.add(x_TC)
+        self.reservoir.add(x_TC)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Dense activation statistics of every stream, on disk; one block is read at a time."""
+
+    run: RunFolder
+
+    def block(self, index: int) -> dict[str, tuple[SecondMoments, torch.Tensor]]:
+        """{stream: (moments, reservoir rows_TC)} of one block."""
+        _, tensors, records = self.run.read_block(index)
+        counts = {record["stream"]: record["rows"] for record in records}
+        return {name: (_moments(tensors, name, count), tensors[f"{name}/rows"]) for name, count in counts.items()}
+
+
+def _moments(tensors: dict[str, torch.Tensor], stream: str, count: int) -> SecondMoments:
+    return SecondMoments(tensors[f"{stream}/sum"], tensors[f"{stream}/gram"].double(), count)
+
+
+def statistics(preparation: Preparation, folder: str | None = None) -> Statistics:
+    """Second moments and reservoirs of the dense model, from `folder` or made there (float32 on disk)."""
+    identity = preparation.identity
+    place = Path(folder) if folder else results_root() / f"statistics-{preparation.label}-{digest(identity)[:8]}"
+
+    def make(run: RunFolder, advance: Callable[[str], None]) -> None:
+        loaded, source = preparation.load(), preparation.source
+        batches = dict(batch_size=source.batch_size)
+        for block in walk(loaded.model, loaded.family, preparation.windows.ids_NT, **batches):
+            if block.index < run.finished:
+                continue
+            meters = block.measure(lambda channels: StreamMeter(channels, loaded.device))
+            tensors = {}
+            for stream, meter in meters.items():
+                tensors[f"{stream}/sum"] = meter.moments.sum_C
+                tensors[f"{stream}/gram"] = meter.moments.gram_CC.float()
+                tensors[f"{stream}/rows"] = meter.reservoir.rows_TC
+            run.write_block(block.index, {}, tensors, [_facts(block, s, m) for s, m in meters.items()])
+            advance("")
+
+    return Statistics(kept_stage("statistics", place, identity, preparation.blocks(), preparation.console, make))
+
+
+def _facts(block: Block, stream: str, meter: StreamMeter) -> dict[str, Any]:
+    diagonal_C = meter.moments.gram_CC.diagonal() / meter.moments.count
+    return dict(
+        block=block.index, stream=stream, channels=len(diagonal_C), rows=meter.moments.count,
+        dead=int((diagonal_C == 0).sum()), rms=float(diagonal_C.mean().sqrt()), peak=float(diagonal_C.max().sqrt()),
+        linears=list(block.streams[stream]),
+    )  # fmt: skip
+
+
+# --- groups --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Channel groups of every stream, on disk, with the diagnostics of their making."""
+
+    run: RunFolder
+
+    def block(self, index: int) -> tuple[dict[str, ChannelGroups], list[dict[str, Any]]]:
+        """({stream: groups}, diagnostics) of one block."""
+        _, tensors, records = self.run.read_block(index)
+        return {name: ChannelGroups(label_C.long()) for name, label_C in tensors.items()}, records
+
+
+def groups(preparation: Preparation, statistics: Statistics, grouping: Grouping, folder: str | None = None) -> Groups:
+    """Groups of every stream by MI or by a control, from `folder` or made there."""
+    identity = preparation.identity | dict(grouping=record(grouping))
+    place = Path(folder) if folder else results_root() / f"groups-{preparation.label}-{digest(identity)[:8]}"
+
+    def make(run: RunFolder, advance: Callable[[str], None]) -> None:
+        for index in range(run.finished, preparation.blocks()):
+            labels, records = {}, []
+            for stream, (moments, rows_TC) in statistics.block(index).items():
+                found, facts = _group(preparation, grouping, index, stream, moments, rows_TC)
+                labels[stream] = found.label_C.to(torch.int32)
+                records.append(dict(block=index, stream=stream) | facts)
+            run.write_block(index, {}, labels, records)
+            advance("")
+
+    return Groups(kept_stage("groups", place, identity, preparation.blocks(), preparation.console, make))
+
+
+def _group(
+    preparation: Preparation, grouping: Grouping, index: int, stream: str, moments: SecondMoments, rows_TC: torch.Tensor
+) -> tuple[ChannelGroups, dict[str, Any]]:
+    channels, seed = len(moments.sum_C), preparation.source.seed
+    if grouping.kind == "mi":
+        with preparation.console.stage("mutual information"):
+            mi_CC = mutual_information(grouping.mi_method, moments, rows_TC)
+        with preparation.console.stage("clustering"):
+            found = cluster(mi_CC, grouping.n_groups, grouping.cluster, seed)
+        return found.groups, found.diagnostics
+    count = min(SORTED_GROUPS, channels) if grouping.n_groups == "auto" else int(grouping.n_groups)
+    if count > channels:
+        raise UserError(f"--n-groups {count}: stream {stream} of block {index} has {channels} channels")
+    if grouping.kind == "random":
+        made = random_groups(channels, count, seed + 1000 * index)
+    else:
+        weight_RC = _stream_weight(preparation, index, stream)
+        made = sorted_groups(_score(grouping.kind, weight_RC, moments), count)
+    return made, dict(n_groups=made.count, sizes=made.sizes_G.tolist(), method=grouping.kind)
+
+
+def _score(kind: str, weight_RC: torch.Tensor, moments: SecondMoments) -> torch.Tensor:
+    if kind == "importance":
+        return moments.gram_CC.diagonal() * weight_RC.square().sum(0)
+    if kind == "range":
+        return weight_RC.abs().amax(0)
+    assert kind == "alpha"
+    return factorize(moments.hessian_CC, DAMPING).pivots_C
+
+
+def _stream_weight(preparation: Preparation, index: int, stream: str) -> torch.Tensor:
+    loaded = preparation.load()
+    block = lookup(loaded.model, f"{loaded.family.blocks}.{index}")
+    row = next(s for s in loaded.family.streams if s.name == stream)
+    return torch.cat([linear.weight.detach().double().cpu() for linear in linears_of(block, row).values()])
