@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import re
@@ -100,6 +101,12 @@ def test_dtype_and_seqlen_are_taken(folder: Path) -> None:
     assert (loaded.dtype, loaded.seqlen) == (torch.bfloat16, 8)
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_config_cannot_choose_an_attention_kernel_from_the_hub(folder: Path, key: str) -> None:
+    edit(folder / "config.json", lambda c: c.update({key: "kernels-community/flash-attn2"}))
+    assert loading.load_model(str(folder), device="cpu").model.config._attn_implementation == "sdpa"
+
+
 def test_prepare_is_called(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import dataclasses
 
@@ -117,9 +124,18 @@ def test_nothing_is_printed_and_settings_are_put_back(folder: Path, capfd: pytes
     )
     tensors = load_file(shards(folder)[0])
     save_file({**tensors, "extra": torch.zeros(2)}, shards(folder)[0], {"format": "pt"})  # draws transformers' report
-    loading.load_model(str(folder), device="cpu")
-    captured = capfd.readouterr()
-    assert captured.out == "" and captured.err == ""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[assignment,method-assign]
+    transformers_logging.add_handler(handler)
+    try:
+        loading.load_model(str(folder), device="cpu")
+        quietly, captured = len(records), capfd.readouterr()
+        AutoModelForCausalLM.from_pretrained(folder)
+    finally:
+        transformers_logging.remove_handler(handler)
+    assert captured.out == captured.err == "" and quietly == 0
+    assert records and "Loading weights" in capfd.readouterr().err  # what transformers says by itself
     assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == (verbosity, bars)
 
 

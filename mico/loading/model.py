@@ -76,7 +76,7 @@ def _config(folder: Path, trust_remote_code: bool) -> Any:
         with quiet():
             return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # a config can be wrong in any way
-        raise UserError(f"{folder / 'config.json'} describes no valid model: {reason(error)}") from None
+        raise UserError(f"{folder / 'config.json'} describes no valid model: {reason(error)}") from error
 
 
 def load_tokenizer(name: str, *, offline: bool = False, trust_remote_code: bool = False) -> Any:
@@ -94,7 +94,7 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         with quiet():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizer formats fail in many ways, a missing optional library among them
-        raise UserError(f"{folder}: the tokenizer cannot be read: {reason(error)}") from None
+        raise UserError(f"{folder}: the tokenizer cannot be read: {reason(error)}") from error
 
 
 def context_length(config: Any, seqlen: int | None = None) -> int:
@@ -116,7 +116,7 @@ def pick_device(device: str) -> torch.device:
         torch.empty(1, device=chosen)
         return chosen
     except Exception as error:  # RuntimeError, AssertionError or a backend's own type
-        raise UserError(f"--device {device}: not usable here ({reason(error)}): try auto or cpu") from None
+        raise UserError(f"--device {device}: not usable here ({reason(error)}): try auto or cpu") from error
 
 
 def load_model(
@@ -165,8 +165,8 @@ def _weights(folder: Path, config: Any, dtype: Any, trust_remote_code: bool) -> 
                 local_files_only=True, trust_remote_code=trust_remote_code,
                 ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise UserError(f"{folder}: the weights cannot be loaded: {reason(error)}") from None
+    except Exception as error:  # what a config says can fail in any way
+        raise UserError(f"{folder}: the weights cannot be loaded: {reason(error)}") from error
     model, report = loaded
     if report["mismatched_keys"]:
         key, stored, described = sorted(report["mismatched_keys"])[0]
@@ -191,9 +191,11 @@ def _check_size(folder: Path, config: Any, shapes: dict[str, tuple[int, ...]], t
         )
     try:
         with quiet(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+            )
     except Exception as error:  # a config can be wrong in any way
-        raise UserError(f"{folder / 'config.json'} describes no valid model: {reason(error)}") from None
+        raise UserError(f"{folder / 'config.json'} describes no valid model: {reason(error)}") from error
     described = sum(parameter.numel() for parameter in model.parameters())
     stored = sum(torch.Size(shape).numel() for shape in shapes.values())
     if described > stored:
