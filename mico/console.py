@@ -23,6 +23,7 @@ class Console:
     verbosity: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    _running: dict[str, float] = field(default_factory=dict, repr=False)
     _rich: RichConsole = field(default_factory=lambda: RichConsole(stderr=True, highlight=False), repr=False)
 
     def note(self, text: str, level: int = 0) -> None:
@@ -30,23 +31,30 @@ class Console:
         if level == 0:
             self.notes.append(text)
         if not self.quiet and level <= self.verbosity:
-            self._rich.print(text, markup=False)
+            self._rich.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the wall time of the body to `seconds[name]`."""
-        started = time.monotonic()
+        started = self._running[name] = time.monotonic()
         try:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+            del self._running[name]
+
+    def so_far(self) -> dict[str, float]:
+        """Seconds of every stage, those that still run counted up to now."""
+        now = time.monotonic()
+        return self.seconds | {name: self.seconds.get(name, 0.0) + now - at for name, at in self._running.items()}
 
     @contextmanager
     def bar(self, label: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
         """A progress bar; call the yielded function after every item, with what to show beside the label."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         left = (TextColumn("left"), TimeRemainingColumn())
-        with Progress(*columns, *left, console=self._rich, disable=self.quiet, transient=True) as progress:
+        hidden = self.quiet or not self._rich.is_terminal  # a log file has no use for bars
+        with Progress(*columns, *left, console=self._rich, disable=hidden, transient=True) as progress:
             task = progress.add_task(label, total=total, completed=done)
 
             def advance(detail: str = "") -> None:

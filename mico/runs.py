@@ -5,8 +5,8 @@
     layers.jsonl    one record a layer          report.json    written last
     .lock           held by the living run      .tmp-*         unfinished files, removed on the next open
 
-A killed run resumes after its last finished block; a finished one is recognised by its arguments. The other
-functions of `__all__` come from `artifacts`, which holds the single files and the folders of earlier verbs.
+A killed run resumes after its last finished block; a finished one is recognised by its arguments. Single files
+come from mico/files.py.
 """
 
 from __future__ import annotations
@@ -31,35 +31,29 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from mico.artifacts import (
+from mico.errors import UserError
+from mico.files import (
     TEMPORARY,
-    Artifact,
     atomic_json,
     atomic_write,
     differences,
     fingerprint,
-    load_artifact,
     load_tensors,
     plain,
     read_json,
-    save_artifact,
     save_tensors,
     sha256_file,
     sync_folder,
     writing,
 )
-from mico.errors import UserError
 from mico.packed.quantized import QuantizedWeight
 
 __all__ = [
-    "Artifact",
     "RunFolder",
     "atomic_json",
     "atomic_write",
     "fingerprint",
-    "load_artifact",
     "load_tensors",
-    "save_artifact",
     "save_tensors",
     "sha256_file",
 ]
@@ -149,6 +143,11 @@ class RunFolder:
             sync_folder(self.path)
         if "completed" not in known:  # the blocks of a finished run may be deleted, its outputs stay as they are
             self._rebuild_layers()
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Versions and platform of the first run in this folder."""
+        return dict(self._manifest["environment"])
 
     # --- blocks ---
 

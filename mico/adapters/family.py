@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from mico.errors import UserError
+
+if TYPE_CHECKING:  # the table itself is read without torch, which takes seconds to import
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Family:
 
 def lookup(root: nn.Module, path: str) -> nn.Module:
     """Return the submodule at a dotted path. Raises UserError naming the first part that is missing."""
+    from torch import nn
+
     module = root
     for depth, part in enumerate(path.split(".")):
         child = getattr(module, part, None)
@@ -52,6 +56,8 @@ def lookup(root: nn.Module, path: str) -> nn.Module:
 
 def linears_of(block: nn.Module, stream: Stream) -> dict[str, nn.Linear]:
     """The Linears of one stream of one block by path. Raises UserError when one is not an nn.Linear."""
+    from torch import nn
+
     found: dict[str, nn.Linear] = {}
     for path in stream.linears:
         module = lookup(block, path)

@@ -1,21 +1,29 @@
-"""Finding, checking and loading models. names -> safety -> model; what other rooms use is listed here."""
+"""Finding, checking and loading models. names -> safety -> model; what other rooms use is listed here.
+
+`model` imports torch and is itself imported at the first use, so that the names alone cost no time.
+"""
 
 from __future__ import annotations
 
-from mico.loading.model import (
-    DTYPES,
-    LoadedModel,
-    context_length,
-    coverage,
-    describe,
-    load_config,
-    load_model,
-    load_tokenizer,
-    pick_device,
-    quiet,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from mico.loading.names import ALIASES, REFERENCE_DIR, REFERENCES, is_reference, local_folder, resolve
 from mico.loading.safety import fingerprint
+
+if TYPE_CHECKING:
+    from mico.loading.model import (
+        DTYPES,
+        LoadedModel,
+        context_length,
+        coverage,
+        describe,
+        load_config,
+        load_model,
+        load_tokenizer,
+        pick_device,
+        quiet,
+    )
 
 __all__ = [
     "ALIASES",
@@ -36,3 +44,9 @@ __all__ = [
     "quiet",
     "resolve",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("mico.loading.model"), name)

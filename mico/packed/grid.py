@@ -73,6 +73,11 @@ def to_half(scale: torch.Tensor) -> torch.Tensor:
     return scale.clamp(TINY, LARGEST).to(torch.float16)
 
 
+def stored(scale: torch.Tensor) -> torch.Tensor:
+    """What is left of a scale once it has been stored, in the dtype it came in."""
+    return to_half(scale).to(scale.dtype)
+
+
 def minmax_grid(weight_RC: torch.Tensor, label_C: torch.Tensor, bits_G: tuple[int, ...]) -> Grid:
     """The asymmetric min-max grid of SparseGPT and GPTQ: per row (and group), zero always representable."""
     rows, groups = len(weight_RC), len(bits_G)
@@ -106,20 +111,22 @@ def symmetric_grid(
     groups = len(bits_G)
     half_G = torch.tensor([(2.0**bits - 1) / 2 for bits in bits_G], dtype=weight_RC.dtype, device=weight_RC.device)
     problem = _ScaleSearch(weight_RC, importance_RC, label_C, half_G)
-    full_RG = problem.widest_RG() / half_G
-    full_RG = problem.best_RG(full_RG, SHRINKS)
+    widest_RG = problem.widest_RG() / half_G
     if groups == 1:
-        row_R1 = to_half(problem.best_RG(full_RG, torch.linspace(0.96, 1.04, 9)))
-        return Grid(row_R1, None, None, bits_G, label_C)
+        one_G = torch.ones_like(half_G)
+        row_R1 = problem.best_rows(widest_RG, one_G, SHRINKS)
+        row_R1 = problem.best_rows(row_R1, one_G, torch.linspace(0.96, 1.04, 9))
+        return Grid(to_half(row_R1), None, None, bits_G, label_C)
+    full_RG = problem.best_RG(widest_RG, SHRINKS)
     weight_RG = problem.energy_RG() + 1e-30
     log_RG = full_RG.log()
     group_G = ((log_RG - (log_RG * weight_RG).sum(1, keepdim=True) / weight_RG.sum(1, keepdim=True)) * weight_RG).sum(0)
-    group_G = (group_G / weight_RG.sum(0)).exp()
+    group_G = stored((group_G / weight_RG.sum(0)).exp())
     row_R1 = ((log_RG - group_G.log()) * weight_RG).sum(1, keepdim=True).div(weight_RG.sum(1, keepdim=True)).exp()
     for spread in (0.3, 0.1, 0.03):
         candidates = torch.linspace(1 - spread, 1 + spread, 13)
-        row_R1 = to_half(problem.best_rows(row_R1, group_G, candidates)).to(weight_RC.dtype)
-        group_G = to_half(problem.best_groups(row_R1, group_G, candidates)).to(weight_RC.dtype)
+        row_R1 = problem.best_rows(row_R1, group_G, candidates)
+        group_G = problem.best_groups(row_R1, group_G, candidates)
     return Grid(to_half(row_R1), to_half(group_G), None, bits_G, label_C)
 
 
@@ -162,9 +169,13 @@ class _ScaleSearch:
         return scale_RG * candidates_K.to(scale_RG)[errors.argmin(0)]
 
     def best_rows(self, row_R1: torch.Tensor, group_G: torch.Tensor, candidates_K: torch.Tensor) -> torch.Tensor:
-        errors = torch.stack([self.error_RG(row_R1 * k * group_G).sum(1, keepdim=True) for k in candidates_K.tolist()])
-        return row_R1 * candidates_K.to(row_R1)[errors.argmin(0)]
+        """Row scales times their best factors, every candidate rounded as it would be stored."""
+        rows = torch.stack([stored(row_R1 * k) for k in candidates_K.tolist()])
+        errors = torch.stack([self.error_RG(row_R1 * group_G).sum(1, keepdim=True) for row_R1 in rows])
+        return rows.gather(0, errors.argmin(0, keepdim=True))[0]
 
     def best_groups(self, row_R1: torch.Tensor, group_G: torch.Tensor, candidates_K: torch.Tensor) -> torch.Tensor:
-        errors = torch.stack([self.error_RG(row_R1 * (group_G * k)).sum(0) for k in candidates_K.tolist()])
-        return group_G * candidates_K.to(group_G)[errors.argmin(0)]
+        """Group scales times their best factors, every candidate rounded as it would be stored."""
+        groups = torch.stack([stored(group_G * k) for k in candidates_K.tolist()])
+        errors = torch.stack([self.error_RG(row_R1 * group_G).sum(0) for group_G in groups])
+        return groups.gather(0, errors.argmin(0, keepdim=True))[0]

@@ -1,4 +1,4 @@
-"""Files that survive a kill, a full disk and a flipped bit; and the statistics and groups folders made of them.
+"""Files that survive a kill, a full disk and a flipped bit, and what identifies their content.
 
 A file under its final name is always whole: it is written under a hidden temporary name in the same folder,
 flushed to the disk and renamed. What was written is known by its sha256.
@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import secrets
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,6 @@ from safetensors.torch import load_file, save
 from mico.errors import UserError
 
 TEMPORARY = ".tmp-"
-ARTIFACT_FILE, ARTIFACT_FORMAT, ARTIFACT_VERSION = "artifact.json", "mico-artifact", 1
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)  # some network file systems cannot flush a folder
 
@@ -203,156 +199,3 @@ def differences(there: Any, here: Any, field: str = "") -> list[str]:
 def _show(value: Any) -> str:
     text = "nothing" if value is _ABSENT else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 100 else text[:97] + "..."
-
-
-# --- statistics and groups folders ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A verified folder of tensors: what it was made from (`identity`) and what else is known of it (`facts`)."""
-
-    folder: Path
-    identity: dict[str, Any]
-    facts: dict[str, Any]
-    sha256: dict[str, str]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.sha256)
-
-    def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of one file, read when asked for: the whole may be larger than memory."""
-        return load_tensors(self.folder / f"{name}.safetensors")
-
-
-def save_artifact(
-    folder: str | Path,
-    kind: str,
-    identity: dict[str, Any],
-    tensors_by_file: Mapping[str, Mapping[str, torch.Tensor]] | Iterable[tuple[str, Mapping[str, torch.Tensor]]],
-    facts: dict[str, Any],
-) -> None:
-    """Write a whole folder `folder` of `{name}.safetensors` files and an artifact.json, or nothing.
-
-    kind: "statistics", "groups", ...; identity: JSON values the content depends on (model, data, seed, seqlen);
-    tensors_by_file: a mapping, or pairs made one at a time. An older artifact of the same kind is replaced.
-    Raises UserError when `folder` holds anything else or cannot be written.
-    """
-    folder = Path(folder).resolve()
-    pairs = tensors_by_file.items() if isinstance(tensors_by_file, Mapping) else tensors_by_file
-    _refuse_to_replace(folder, kind)
-    with _building(folder) as building:
-        sha256 = {name: save_tensors(building / f"{_checked(name)}.safetensors", part) for name, part in pairs}
-        record = dict(format=ARTIFACT_FORMAT, version=ARTIFACT_VERSION, kind=kind, identity=identity)
-        atomic_json(building / ARTIFACT_FILE, record | dict(facts=facts, sha256=sha256))
-        with writing(folder), _alone_in(folder.parent):
-            _swap(building, folder)
-
-
-def load_artifact(folder: str | Path, kind: str, identity: dict[str, Any] | None = None) -> Artifact | None:
-    """The artifact in `folder`, every file verified by sha256; None when the folder is absent or empty.
-
-    Raises UserError naming the first identity fields that differ (None: any identity is accepted), or the
-    file that is damaged, or the folder when it holds something else.
-    """
-    folder = Path(folder)
-    if all(name.startswith(".") for name in _entries(folder)):
-        return None
-    record = _read_artifact(folder, kind)
-    changed = differences(record["identity"], plain(identity)) if identity is not None else []
-    if changed:
-        raise UserError(f"{folder} holds {kind} of another run ({'; '.join(changed[:3])}): give another folder")
-    for name, digest in record["sha256"].items():
-        verify(folder / f"{_checked(name)}.safetensors", digest)
-    return Artifact(folder, record["identity"], record["facts"], record["sha256"])
-
-
-def _entries(folder: Path) -> set[str]:
-    """Names in the folder; none when it does not exist."""
-    try:
-        return {entry.name for entry in folder.iterdir()}
-    except FileNotFoundError:
-        return set()
-    except OSError as error:
-        raise UserError(f"{folder} is not a folder that can be read ({error.strerror}): give another one") from error
-
-
-def _refuse_to_replace(folder: Path, kind: str) -> None:
-    """Raise UserError when replacing the folder would delete anything that is not an artifact of this kind."""
-    entries = _entries(folder)
-    if entries:
-        ours = {f"{name}.safetensors" for name in _read_artifact(folder, kind)["sha256"]} | {ARTIFACT_FILE}
-        foreign = sorted(entries - ours)
-        if foreign:
-            raise UserError(f"{folder / foreign[0]} is not part of the {kind} there: move it, or give another folder")
-
-
-def _checked(name: str) -> str:
-    if Path(name).name != name:
-        raise UserError(f"'{name}' is not the name of a file of an artifact: a path may not leave its folder")
-    return name
-
-
-def _read_artifact(folder: Path, kind: str) -> dict[str, Any]:
-    if not (folder / ARTIFACT_FILE).exists():
-        raise UserError(f"{folder} is not empty and holds no {ARTIFACT_FILE}: give another folder for the {kind}")
-    record = read_json(folder / ARTIFACT_FILE)
-    if (record.get("format"), record.get("version")) != (ARTIFACT_FORMAT, ARTIFACT_VERSION):
-        raise UserError(
-            f"{folder / ARTIFACT_FILE} is of version {record.get('version')}: made by another mico; redo it"
-        )
-    if record.get("kind") != kind:
-        raise UserError(f"{folder} holds {record.get('kind')}, not {kind}: give the folder of the {kind}")
-    if not all(isinstance(record.get(field), dict) for field in ("identity", "facts", "sha256")):
-        raise UserError(f"{folder / ARTIFACT_FILE} lacks identity, facts or sha256: delete the folder and run again")
-    return record
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path, operation: int = fcntl.LOCK_EX) -> Iterator[bool]:
-    """Lock a folder; False when another holds it (LOCK_NB), or cannot be locked (some network file systems)."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        locked = False
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, operation)
-            locked = True
-        yield locked
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _building(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, locked while its writer lives; what dead writers left is removed."""
-    building = folder.parent / f"{TEMPORARY}{secrets.token_hex(4)}-{folder.name}"
-    with contextlib.ExitStack() as life:
-        with writing(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with _alone_in(folder.parent) as alone:  # so that nobody sees the new folder before it is locked
-                if alone:
-                    _remove_leftovers(folder)
-                building.mkdir()
-                life.callback(shutil.rmtree, building, ignore_errors=True)
-                life.enter_context(_alone_in(building, fcntl.LOCK_EX | fcntl.LOCK_NB))
-        yield building
-
-
-def _remove_leftovers(folder: Path) -> None:
-    for path in folder.parent.iterdir():
-        if path.name.startswith(TEMPORARY) and path.name.endswith(f"-{folder.name}") and path.is_dir():
-            with _alone_in(path, fcntl.LOCK_EX | fcntl.LOCK_NB) as dead:
-                if dead:
-                    shutil.rmtree(path, ignore_errors=True)
-
-
-def _swap(building: Path, folder: Path) -> None:
-    """Give `building` the name `folder`. A kill between the two renames leaves no artifact, never a mixed one."""
-    aside = folder.parent / f"{TEMPORARY}{secrets.token_hex(4)}-{folder.name}"
-    sync_folder(building)
-    if _entries(folder):
-        os.replace(folder, aside)
-    os.replace(building, folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(aside, ignore_errors=True)
