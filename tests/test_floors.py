@@ -11,11 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # from the roof to the basement; a room is one top-level file or folder of mico/
-    ("cli", {"__init__", "__main__", "cli"}),
+    ("cli", {"__init__", "__main__", "cli", "options"}),
     ("verbs", {"calibrate", "mi_group", "compress", "evaluate", "report"}),
     (
         "middle",
-        {"walk", "loading", "methods", "perplexity", "artifacts", "runs", "stages", "console", "summary", "reference"},
+        {"walk", "loading", "methods", "perplexity", "files", "runs", "stages", "reference"}
+        | {"console", "tables", "summary", "callable"},
     ),
     ("ground", {"adapters", "channels", "packed", "data"}),
     ("basement", {"errors", "settings"}),
