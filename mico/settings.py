@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -85,7 +86,7 @@ class Compression:
         choose("--allocation", self.allocation, ALLOCATIONS)
         if not 0 <= self.sparsity < 1:
             raise UserError(f"--sparsity {self.sparsity}: must be at least 0 and below 1 (0.5 prunes half)")
-        if self.wbits != 16 and not 2 <= self.wbits <= 8:
+        if self.wbits not in (*range(2, 9), 16):
             raise UserError(f"--wbits {self.wbits}: choose 2 to 8, or 16 for no quantization")
         low, high = AVERAGE_BITS
         if self.target_avg_bits is not None and not low <= self.target_avg_bits <= high:
@@ -95,11 +96,16 @@ class Compression:
         if self.group_size is not None and self.grouping is not None:
             raise UserError(f"--group-size {self.group_size} and channel groups exclude each other: --no-mi-grouping")
         if self.target_avg_bits is not None and self.grouping is None:
-            raise UserError("--target-avg-bits needs channel groups: leave out --no-mi-grouping and --group-size")
+            if self.wbits == 16:
+                raise UserError(f"--target-avg-bits {self.target_avg_bits} contradicts --wbits 16: leave --wbits out")
+            raise UserError(
+                f"--target-avg-bits {self.target_avg_bits} needs channel groups: --method mico or sparsegpt with "
+                "--use-mi-grouping, and no --group-size"
+            )
         if self.method == "gptq" and (self.sparsity or self.pattern):
             raise UserError("--method gptq does not prune: use --method sparsegpt or mico, or --sparsity 0")
-        if self.percdamp <= 0:
-            raise UserError(f"--percdamp {self.percdamp}: must be above 0")
+        if not 0 < self.percdamp < math.inf:
+            raise UserError(f"--percdamp {self.percdamp}: must be above 0 and finite")
         if self.blocksize < 1:
             raise UserError(f"--blocksize {self.blocksize}: must be at least 1")
         if self.pattern and self.blocksize % self.pattern[1]:
@@ -107,7 +113,7 @@ class Compression:
 
 
 def parse_pattern(text: str | None) -> tuple[int, int] | None:
-    """'2:4' -> (2, 4): at least n... of every m consecutive weights are kept. Raises UserError otherwise."""
+    """'2:4' -> (2, 4): of every m consecutive weights n are kept. Raises UserError otherwise."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d+):(\d+)", text)
@@ -152,7 +158,9 @@ def compression_of(
 
     Raises UserError for options that contradict each other or the arm.
     """
-    given = dict(method=method, use_mi_grouping=use_mi_grouping, grouping=grouping, allocation=allocation)
+    given: dict[str, Any] = dict(
+        method=method, use_mi_grouping=use_mi_grouping, grouping=grouping, allocation=allocation
+    )
     if arm is not None:
         choose("--arm", arm, ARMS)
         for option, value in _ARM_SETTINGS[arm].items():
@@ -164,7 +172,7 @@ def compression_of(
     parsed = parse_pattern(pattern)
     if sparsity is None:
         sparsity = 0.0 if parsed or name in ("gptq", "rtn") else DEFAULT_SPARSITY
-    elif parsed and sparsity not in (0.0, 1 - parsed[0] / parsed[1]):
+    elif parsed and sparsity != 0 and not math.isclose(sparsity, 1 - parsed[0] / parsed[1], abs_tol=0.005):
         raise UserError(f"--sparsity {sparsity} contradicts --pattern {pattern}: leave --sparsity out")
     wanted = given["grouping"] is not None or given["use_mi_grouping"]
     if wanted is None:

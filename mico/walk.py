@@ -55,6 +55,7 @@ class Block:
         """Full name of a Linear of this block inside the model."""
         return f"{self._family.blocks}.{self.index}.{path}"
 
+    @torch.no_grad()
     def measure(
         self, new_meter: Callable[[int], AnyMeter], streams: Sequence[str] | None = None
     ) -> dict[str, AnyMeter]:
@@ -72,6 +73,7 @@ class Block:
         self.outputs = outputs if whole else None
         return meters
 
+    @torch.no_grad()
     def measure_paired(self, stream: str) -> PairedMoments:
         """Moments of one stream on the compressed path beside the dense path; stops as soon as both are seen."""
         assert self._dense is not None, "walk(..., paired=True) is needed"
@@ -85,17 +87,18 @@ class Block:
                 moments.add(rows, dense_rows)
         return moments
 
+    @torch.no_grad()
     def replace(self, path: str, quantized: QuantizedWeight, bias_R: torch.Tensor | None = None) -> None:
         """Put the values of a quantized weight (and a corrected bias) in place of a Linear's."""
         linear = lookup(self.module, path)
         assert isinstance(linear, nn.Linear)
-        with torch.no_grad():
-            linear.weight.copy_(quantized.dequantize(linear.weight.dtype))
-            if bias_R is not None:
-                assert linear.bias is not None
-                linear.bias.copy_(bias_R)
+        linear.weight.copy_(quantized.dequantize(linear.weight.dtype))
+        if bias_R is not None:
+            assert linear.bias is not None
+            linear.bias.copy_(bias_R)
         self.outputs = None
 
+    @torch.no_grad()
     def propagate(self) -> None:
         """Move both tracks through the block; outputs kept from an unchanged measuring pass are used again."""
         walker = self._walker
@@ -185,7 +188,7 @@ def walk(
     """Yield the blocks of `model` in order, each with the inputs that the blocks before it really produce.
 
     ids_NT: calibration windows. paired: also carry the dense model's activations (one more copy of them, and
-    of one block). Gradients are off; no global state is touched.
+    of one block). No graph is built, no global state is touched: gradients are on between the blocks if they were.
     """
     blocks = lookup(model, family.blocks)
     assert isinstance(blocks, nn.ModuleList)
@@ -193,6 +196,5 @@ def walk(
         walker = _Walker(model, blocks, ids_NT, batch_size)
     for index, module in enumerate(blocks):
         block = Block(index, module, family, walker, copy.deepcopy(module) if paired else None)
-        with torch.no_grad():
-            yield block
-            block.propagate()
+        yield block
+        block.propagate()

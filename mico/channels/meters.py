@@ -87,11 +87,14 @@ class PairedMoments:
         self.held_dense_sum_C = torch.zeros_like(self.fit_dense_sum_C)
 
     def add(self, x_TC: torch.Tensor, dense_TC: torch.Tensor) -> None:
-        """Add T rows of the compressed path and the same rows of the dense path."""
+        """Add T rows of the compressed path and the same rows of the dense path. Raises UserError on NaN or Inf."""
         held = self.batches % 4 == 3
         (self.held if held else self.fit).add(x_TC)
+        new_CC = dense_TC.float().T @ x_TC.float()
+        if not torch.isfinite(new_CC).all():
+            raise UserError("the dense model's activations hold NaN or Inf (or overflow): try --dtype float32")
         cross_CC = self.held_cross_CC if held else self.fit_cross_CC
-        cross_CC += dense_TC.float().T @ x_TC.float()
+        cross_CC += new_CC
         dense_sum_C = self.held_dense_sum_C if held else self.fit_dense_sum_C
         dense_sum_C += dense_TC.sum(0, dtype=torch.float64)
         self.batches += 1
