@@ -15,8 +15,8 @@ FLOORS = (  # from the roof to the basement; a room is one top-level file or fol
     ("verbs", {"calibrate", "mi_group", "compress", "evaluate", "report"}),
     (
         "middle",
-        {"walk", "loading", "methods", "perplexity", "files", "runs", "stages", "reference"}
-        | {"console", "tables", "summary", "callable"},
+        {"walk", "loading", "methods", "perplexity", "files", "runs", "stages", "solve", "reference"}
+        | {"solve", "console", "tables", "summary", "callable"},
     ),
     ("ground", {"adapters", "channels", "packed", "data"}),
     ("basement", {"errors", "settings"}),
