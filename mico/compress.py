@@ -16,24 +16,20 @@ from typing import Any
 
 import torch
 
-from mico.adapters.family import linears_of, lookup
-from mico.channels.plan import ChannelGroups, LayerPlan
+from mico.callable import callable_module
 from mico.console import Console
 from mico.data import Windows
 from mico.errors import ContractError, UserError
 from mico.loading import LoadedModel, describe, quiet
-from mico.methods import METHODS, PAIRED, Layer, StreamProblem
-from mico.methods.budget import Budget, Demand, demand, factored_bits, plain_bits
-from mico.methods.sweep import factorize
-from mico.packed.quantized import SCALE_BITS, QuantizedWeight, label_bits
 from mico.perplexity import PROTOCOL, default_texts, evaluate_texts, evaluation_sets, parse_texts, protocol_line
 from mico.runs import RunFolder, atomic_json
 from mico.runs import fingerprint as digest
-from mico.settings import Compression, Grouping, Source, compression_of, record
-from mico.stages import Groups, Preparation, Statistics, groups, results_root, statistics
-from mico.summary import flat, write_markdown
-from mico.walk import Block, walk
+from mico.settings import Compression, Source, compression_of, record
+from mico.solve import Solver
+from mico.stages import Groups, Preparation, groups, results_root, statistics
+from mico.summary import check_writable, flat, write_markdown
 
+callable_module(__name__)
 MODEL = "model"  # the loadable model inside a run folder
 DENSE = "dense.json"  # perplexities of the dense model, kept for a resumed run
 
@@ -91,6 +87,8 @@ def compress(
         arm=arm, allocation=allocation, group_size=group_size, percdamp=percdamp, blocksize=blocksize,
     )  # fmt: skip
     texts = parse_texts(eval if isinstance(eval, str) else ",".join(eval)) if eval is not None else None
+    if json_file is not None:
+        check_writable("--json", json_file)
     with console.stage("total"):
         preparation = Preparation(source, console)
         check_shapes(preparation, settings)
@@ -127,7 +125,7 @@ def compress(
 def _arguments(preparation: Preparation, settings: Compression, sets: dict[str, Windows]) -> dict[str, Any]:
     """What the run folder's content depends on, with the names that the user knows."""
     evaluation = {name: windows.source.sha256 for name, windows in sets.items()}
-    return dict(model=preparation.source.model) | preparation.identity | record(settings) | dict(eval=evaluation)
+    return dict(name=preparation.source.model) | preparation.identity | record(settings) | dict(eval=evaluation)
 
 
 def check_shapes(preparation: Preparation, settings: Compression) -> None:
@@ -166,7 +164,8 @@ class _Job:
         else:
             found, made = None, None
         with self.console.stage("compress"):
-            outcome = self._walk(loaded, found, made)
+            solver = Solver(self.preparation, self.settings, self.run, self.console)
+            outcome = solver.solve(loaded, found, made)
         with self.console.stage("save"):
             check = self._save(loaded)
         self.preparation.forget()
@@ -216,113 +215,6 @@ class _Job:
     def _probe(self, device: torch.device) -> torch.Tensor:
         return self.preparation.windows.ids_NT[:1].to(device)
 
-    # --- blocks ---
-
-    def _walk(self, loaded: LoadedModel, found: Statistics | None, made: Groups | None) -> list[dict[str, Any]]:
-        settings, run = self.settings, self.run
-        budget = self._budget(loaded, found, made) if found is not None and made is not None else None
-        if run.finished:
-            self.console.note(f"compress: {run.finished} blocks were finished, going on after them")
-        records: list[dict[str, Any]] = []
-        blocks = walk(
-            loaded.model, loaded.family, self.preparation.windows.ids_NT,
-            batch_size=self.preparation.source.batch_size, paired=settings.method in PAIRED,
-        )  # fmt: skip
-        with self.console.bar("compress", self.preparation.blocks()) as advance:
-            for block in blocks:
-                if block.index < run.finished:
-                    layers, biases, lines = run.read_block(block.index)
-                    for path, quantized in layers.items():
-                        block.replace(path, quantized, biases.get(path))
-                        if budget is not None:
-                            budget.spend(block.name_of(path), quantized)
-                else:
-                    labels = made.block(block.index)[0] if made is not None else {}
-                    layers, biases, lines = self._block(block, labels, budget)
-                    run.write_block(block.index, layers, biases, lines)
-                    for line in lines:
-                        run.log_layer(line)
-                records += lines
-                advance(f"block {block.index}, error {max(line['error'] for line in lines):.3g}")
-        return records
-
-    def _block(
-        self, block: Block, labels: dict[str, ChannelGroups], budget: Budget | None
-    ) -> tuple[dict[str, QuantizedWeight], dict[str, torch.Tensor], list[dict[str, Any]]]:
-        """Compress the streams of a block in dependency order; paired methods measure each after the one before."""
-        from mico.channels.meters import SecondMoments
-
-        settings = self.settings
-        paired_method = settings.method in PAIRED
-        device = next(block.module.parameters()).device
-        meters = {} if paired_method else block.measure(lambda channels: SecondMoments.empty(channels, device))
-        layers, biases, lines = {}, {}, []
-        for stream, linears in block.streams.items():
-            paired = block.measure_paired(stream) if paired_method else None
-            names = {path: block.name_of(path) for path in linears}
-            widths = budget.widths(list(names.values())) if budget is not None else {}
-            problem = StreamProblem(
-                tuple(
-                    Layer(path, linear.weight.detach().clone(), None if linear.bias is None else linear.bias.detach().clone(),
-                          self._plan(linear.in_features, labels.get(stream), widths.get(names[path])))
-                    for path, linear in linears.items()
-                ),
-                paired.total if paired is not None else meters[stream], paired, settings.percdamp, settings.blocksize,
-            )  # fmt: skip
-            for layer, result in zip(problem.layers, METHODS[settings.method](problem), strict=True):
-                block.replace(layer.name, result.quantized, result.bias_R)
-                layers[layer.name] = result.quantized
-                if result.bias_R is not None:
-                    biases[layer.name] = result.bias_R
-                if budget is not None:
-                    budget.spend(names[layer.name], result.quantized)
-                line = _line(block, stream, layer, result.quantized, first=layer is problem.layers[0])
-                lines.append(line | result.facts | {"fallbacks": list(result.fallbacks)})
-                self.console.note(
-                    f"{names[layer.name]}: bits {line['bits_per_weight']:.2f}, error {result.facts['error']:.3g}", 1
-                )
-        return layers, biases, lines
-
-    def _plan(self, channels: int, groups: ChannelGroups | None, bits_G: tuple[int, ...] | None) -> LayerPlan:
-        settings = self.settings
-        if groups is None:
-            size = settings.group_size
-            groups = ChannelGroups.single(channels) if size is None else ChannelGroups.contiguous(channels, size)
-        widths = bits_G or (settings.wbits,) * groups.count
-        factored = settings.wbits != 16 and (settings.method in PAIRED or settings.grouping is not None)
-        return LayerPlan(groups, widths, settings.sparsity, settings.pattern, factored)
-
-    def _budget(self, loaded: LoadedModel, found: Statistics, made: Groups) -> Budget:
-        """Demands of every Linear, and the bits for codes: the mean asked for, or what plain rows would take.
-
-        Without --target-avg-bits the whole stored size may not exceed that of the plain layout at --wbits (one
-        scale and zero a row), so that the arms of an ablation compare at equal true bits.
-        """
-        settings, demands, code_bits = self.settings, {}, 0.0
-        with self.console.stage("allocate"), self.console.bar("allocate", self.preparation.blocks()) as advance:
-            for index in range(self.preparation.blocks()):
-                module = lookup(loaded.model, f"{loaded.family.blocks}.{index}")
-                labels = made.block(index)[0]
-                for stream, (moments, _) in found.block(index).items():
-                    row = next(s for s in loaded.family.streams if s.name == stream)
-                    factor, label = factorize(moments.hessian_CC, settings.percdamp), labels[stream]
-                    for path, linear in linears_of(module, row).items():
-                        weight_RC, plan = linear.weight.detach(), self._plan(linear.in_features, label, None)
-                        rates = settings.allocation == "rate"
-                        need = demand(weight_RC, moments.gram_CC, factor, plan, rates)
-                        demands[f"{loaded.family.blocks}.{index}.{path}"] = need
-                        code_bits += self._allowance(weight_RC, need, label.count)
-                    if settings.target_avg_bits is None:
-                        code_bits -= label_bits(label.label_C)
-                advance("")
-        return Budget(demands, settings.allocation, code_bits)
-
-    def _allowance(self, weight_RC: torch.Tensor, need: Demand, count: int) -> float:
-        kept, wbits = float(need.table.kept_G.sum()), self.settings.wbits
-        if self.settings.target_avg_bits is not None:
-            return kept * self.settings.target_avg_bits
-        return kept * wbits + plain_bits(weight_RC, wbits) - factored_bits(weight_RC, count)
-
     # --- output ---
 
     def _save(self, loaded: LoadedModel) -> torch.Tensor:
@@ -352,7 +244,7 @@ class _Job:
             settings=record(self.settings), calibration=self.preparation.windows.describe(),
             identity=self.preparation.identity, protocol=PROTOCOL, dense=dense, compressed=compressed,
             size=self._size(architecture, layers), layers=layers, groups=diagnostics, fallbacks=fallbacks,
-            seconds={name: round(value, 3) for name, value in self.console.seconds.items()},
+            seconds={name: round(value, 3) for name, value in self.console.so_far().items()},
             peak_host_bytes=_peak_host_bytes(), peak_device_bytes=_peak_device_bytes(),
             environment=self.run.environment, command=sys.argv, folder=str(self.run.path),
         )  # fmt: skip
@@ -381,20 +273,6 @@ class _Steps:
         for _ in range(done - self._done.get(text, 0)):
             self._advance(text)
         self._done[text] = done
-
-
-def _line(block: Block, stream: str, layer: Layer, quantized: QuantizedWeight, first: bool) -> dict[str, Any]:
-    """One record of layers.jsonl; a stream's channel labels are counted with its first Linear."""
-    stored = quantized.stored_bits()
-    stored["labels"] = label_bits(layer.plan.groups.label_C) if first and quantized.quantized else 0
-    stored["bias"] = 0 if layer.bias_R is None else SCALE_BITS * len(layer.bias_R)
-    weights, kept = layer.weight_RC.numel(), int(quantized.kept_G().sum())
-    return dict(
-        block=block.index, stream=stream, layer=block.name_of(layer.name), rows=len(layer.weight_RC),
-        channels=layer.weight_RC.shape[1], weights=weights, kept=kept, sparsity=1 - kept / weights,
-        sizes=layer.plan.groups.sizes_G.tolist(), bits=list(quantized.bits_G),
-        nominal_bits=stored["codes"] / max(kept, 1), stored=stored, bits_per_weight=sum(stored.values()) / weights,
-    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,7 +56,7 @@ def _hull_steps(group: int, distortion_W: Array, kept: float) -> list[tuple[floa
         while len(hull) > 1 and _slope(distortion_W, hull[-2], hull[-1]) <= _slope(distortion_W, hull[-1], w):
             hull.pop()
         hull.append(w)
-    return [(_slope(distortion_W, a, b) / kept, group, a, b) for a, b in zip(hull, hull[1:], strict=False)]
+    return [(_slope(distortion_W, a, b) / kept, group, a, b) for a, b in itertools.pairwise(hull)]
 
 
 def _slope(distortion_W: Array, low: int, high: int) -> float:

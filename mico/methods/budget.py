@@ -17,7 +17,7 @@ from mico.channels.allocation import WIDTHS, RateTable, allocate_rate, allocate_
 from mico.channels.plan import LayerPlan
 from mico.methods.method import output_energy
 from mico.methods.sweep import Factor, keep_mask
-from mico.packed.grid import symmetric_grid
+from mico.packed.grid import group_errors
 from mico.packed.quantized import GROUP_HEADER_BITS, SCALE_BITS, QuantizedWeight
 
 SAMPLED_ROWS = 256  # of a Linear, evenly spaced, stand for all of them in the rate table
@@ -57,9 +57,7 @@ def demand(weight_RC: torch.Tensor, gram_CC: torch.Tensor, factor: Factor, plan:
         sample_RC, weighing_RC = weight_RC[rows], (cost_C * keep_RC)[rows]
         scale = len(weight_RC) / len(rows) / max(output_energy(weight_RC, gram_CC), 1e-30)
         for w, bits in enumerate(WIDTHS):
-            grid = symmetric_grid(sample_RC, weighing_RC, label_C, (bits,) * groups)
-            error_RC = grid.nearest(sample_RC) - sample_RC
-            distortion_GW[:, w] = by_group((error_RC.square() * weighing_RC).sum(0)) * scale
+            distortion_GW[:, w] = group_errors(sample_RC, weighing_RC, label_C, groups, bits).cpu().numpy() * scale
     return Demand(RateTable(distortion_GW, kept_G), importance_G)
 
 

@@ -165,7 +165,7 @@ def sweep(
                 if keep_CR is not None and i % span == 0:
                     _mask_pattern(work_CR, keep_CR, pivots_C, segments, i)
                 weight_R = work_CR[i]
-                if levels is None:
+                if levels is None or codes_CR is None:
                     value_R = value_CR[i].copy_(weight_R)
                 else:
                     code_R, nearest_R = levels.nearest(weight_R, i)

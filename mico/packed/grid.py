@@ -14,7 +14,8 @@ from mico.packed.quantized import QuantizedWeight
 
 TINY = 6e-8  # smallest positive float16: a scale never becomes zero
 LARGEST = 65504.0
-SHRINKS = torch.linspace(1.05, 0.45, 25)  # candidate clipping of the largest weight, coarse pass
+SHRINKS = torch.linspace(1.02, 0.42, 13)  # candidate clipping of the largest weight, coarse pass
+SPREADS = (0.2, 0.05)  # half-widths of the finer passes around the factors
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,25 @@ def symmetric_grid(
     group_G = ((log_RG - (log_RG * weight_RG).sum(1, keepdim=True) / weight_RG.sum(1, keepdim=True)) * weight_RG).sum(0)
     group_G = stored((group_G / weight_RG.sum(0)).exp())
     row_R1 = ((log_RG - group_G.log()) * weight_RG).sum(1, keepdim=True).div(weight_RG.sum(1, keepdim=True)).exp()
-    for spread in (0.3, 0.1, 0.03):
-        candidates = torch.linspace(1 - spread, 1 + spread, 13)
+    for spread in SPREADS:
+        candidates = torch.linspace(1 - spread, 1 + spread, 9)
         row_R1 = problem.best_rows(row_R1, group_G, candidates)
         group_G = problem.best_groups(row_R1, group_G, candidates)
     return Grid(to_half(row_R1), to_half(group_G), None, bits_G, label_C)
+
+
+def group_errors(
+    weight_RC: torch.Tensor, importance_RC: torch.Tensor, label_C: torch.Tensor, groups: int, bits: int
+) -> torch.Tensor:
+    """Sum of importance * (Q(w) - w)^2 by group (G,) at `bits`, every (row, group) at its best scale.
+
+    What a group loses at a width, for allocating bits: it is only compared between groups and widths, so a
+    coarse search without the rank-one constraint is enough.
+    """
+    problem = _ScaleSearch(weight_RC, importance_RC, label_C, weight_RC.new_full((groups,), (2.0**bits - 1) / 2))
+    widest_RG = problem.widest_RG() / problem.half_G
+    errors = torch.stack([problem.error_RG(widest_RG * shrink) for shrink in SHRINKS[::2].tolist()])
+    return errors.amin(0).sum(0, dtype=torch.float64)
 
 
 class _ScaleSearch:

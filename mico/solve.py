@@ -1,0 +1,172 @@
+"""Compress the blocks of a model in the order of the walk, under one budget, and keep every finished one.
+
+Suffixes: R rows, C channels, G groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mico.adapters.family import linears_of, lookup
+from mico.channels.meters import SecondMoments
+from mico.channels.plan import ChannelGroups, LayerPlan
+from mico.console import Console
+from mico.loading import LoadedModel
+from mico.methods import METHODS, PAIRED, Layer, StreamProblem
+from mico.methods.budget import Budget, Demand, demand, factored_bits, plain_bits
+from mico.methods.sweep import factorize
+from mico.packed.quantized import SCALE_BITS, QuantizedWeight, label_bits
+from mico.runs import RunFolder
+from mico.settings import Compression
+from mico.stages import Groups, Preparation, Statistics
+from mico.walk import Block, walk
+
+
+@dataclass
+class Finished:
+    """What one block leaves behind: its quantized weights and corrected biases by path, and its records."""
+
+    layers: dict[str, QuantizedWeight]
+    biases: dict[str, torch.Tensor]
+    records: list[dict[str, Any]]
+
+
+@dataclass
+class Solver:
+    """The walk of one run: settings in, finished blocks in the run folder out."""
+
+    preparation: Preparation
+    settings: Compression
+    run: RunFolder
+    console: Console
+
+    def solve(self, loaded: LoadedModel, found: Statistics | None, made: Groups | None) -> list[dict[str, Any]]:
+        """Compress `loaded` in place, block by block; return one record a Linear.
+
+        Blocks that the run folder holds are read instead of solved. Statistics and groups of the dense model are
+        there when the plan has channel groups.
+        """
+        run, records = self.run, []
+        budget = self._budget(loaded, found, made) if found is not None and made is not None else None
+        if run.finished:
+            self.console.note(f"compress: {run.finished} blocks were finished, going on after them")
+        blocks = walk(
+            loaded.model, loaded.family, self.preparation.windows.ids_NT,
+            batch_size=self.preparation.source.batch_size, paired=self.settings.method in PAIRED,
+        )  # fmt: skip
+        with self.console.bar("compress", self.preparation.blocks()) as advance:
+            for block in blocks:
+                if block.index < run.finished:
+                    finished = self._restore(block, budget)
+                else:
+                    labels = made.block(block.index)[0] if made is not None else {}
+                    finished = self._compress(block, labels, budget)
+                    run.write_block(block.index, finished.layers, finished.biases, finished.records)
+                    for record in finished.records:
+                        run.log_layer(record)
+                records += finished.records
+                advance(f"block {block.index}, error {max(record['error'] for record in finished.records):.3g}")
+        return records
+
+    def _restore(self, block: Block, budget: Budget | None) -> Finished:
+        finished = Finished(*self.run.read_block(block.index))
+        for path, quantized in finished.layers.items():
+            block.replace(path, quantized, finished.biases.get(path))
+            if budget is not None:
+                budget.spend(block.name_of(path), quantized)
+        return finished
+
+    def _compress(self, block: Block, labels: dict[str, ChannelGroups], budget: Budget | None) -> Finished:
+        """Compress the streams of a block in dependency order; paired methods measure each after the one before."""
+        finished, settings = Finished({}, {}, []), self.settings
+        device = next(block.module.parameters()).device
+        paired_method = settings.method in PAIRED
+        meters = {} if paired_method else block.measure(lambda channels: SecondMoments.empty(channels, device))
+        for stream, linears in block.streams.items():
+            paired = block.measure_paired(stream) if paired_method else None
+            moments = paired.total if paired is not None else meters[stream]
+            layers = self._layers(block, linears, labels.get(stream), budget)
+            problem = StreamProblem(layers, moments, paired, settings.percdamp, settings.blocksize)
+            for layer, result in zip(layers, METHODS[settings.method](problem), strict=True):
+                block.replace(layer.name, result.quantized, result.bias_R)
+                finished.layers[layer.name] = result.quantized
+                if result.bias_R is not None:
+                    finished.biases[layer.name] = result.bias_R
+                if budget is not None:
+                    budget.spend(block.name_of(layer.name), result.quantized)
+                record = layer_record(block, stream, layer, result.quantized, first=layer is layers[0])
+                finished.records.append(record | result.facts | {"fallbacks": list(result.fallbacks)})
+                self.console.note(
+                    f"{record['layer']}: {record['bits_per_weight']:.2f} bits, error {result.facts['error']:.3g}", 1
+                )
+        return finished
+
+    def _layers(
+        self, block: Block, linears: dict[str, nn.Linear], groups: ChannelGroups | None, budget: Budget | None
+    ) -> tuple[Layer, ...]:
+        names = {path: block.name_of(path) for path in linears}
+        widths = budget.widths(list(names.values())) if budget is not None else {}
+        found = []
+        for path, linear in linears.items():
+            bias_R = None if linear.bias is None else linear.bias.detach().clone()
+            plan = self._plan(linear.in_features, groups, widths.get(names[path]))
+            found.append(Layer(path, linear.weight.detach().clone(), bias_R, plan))
+        return tuple(found)
+
+    def _plan(self, channels: int, groups: ChannelGroups | None, bits_G: tuple[int, ...] | None) -> LayerPlan:
+        settings = self.settings
+        if groups is None:
+            size = settings.group_size
+            groups = ChannelGroups.single(channels) if size is None else ChannelGroups.contiguous(channels, size)
+        widths = bits_G or (settings.wbits,) * groups.count
+        factored = settings.wbits != 16 and (settings.method in PAIRED or settings.grouping is not None)
+        return LayerPlan(groups, widths, settings.sparsity, settings.pattern, factored)
+
+    def _budget(self, loaded: LoadedModel, found: Statistics, made: Groups) -> Budget:
+        """Demands of every Linear, and the bits for codes: the mean asked for, or what plain rows would take.
+
+        Without --target-avg-bits the whole stored size may not exceed that of the plain layout at --wbits (one
+        scale and zero a row), so that the arms of an ablation compare at equal true bits.
+        """
+        settings, demands, code_bits = self.settings, {}, 0.0
+        with self.console.stage("allocate"), self.console.bar("allocate", self.preparation.blocks()) as advance:
+            for index in range(self.preparation.blocks()):
+                module = lookup(loaded.model, f"{loaded.family.blocks}.{index}")
+                labels = made.block(index)[0]
+                for stream, (moments, _) in found.block(index).items():
+                    row = next(s for s in loaded.family.streams if s.name == stream)
+                    factor, label = factorize(moments.hessian_CC, settings.percdamp), labels[stream]
+                    for path, linear in linears_of(module, row).items():
+                        weight_RC, plan = linear.weight.detach(), self._plan(linear.in_features, label, None)
+                        rates = settings.allocation == "rate"
+                        need = demand(weight_RC, moments.gram_CC, factor, plan, rates)
+                        demands[f"{loaded.family.blocks}.{index}.{path}"] = need
+                        code_bits += self._allowance(weight_RC, need, label.count)
+                    if settings.target_avg_bits is None:
+                        code_bits -= label_bits(label.label_C)
+                advance("")
+        return Budget(demands, settings.allocation, code_bits)
+
+    def _allowance(self, weight_RC: torch.Tensor, need: Demand, count: int) -> float:
+        kept, wbits = float(need.table.kept_G.sum()), self.settings.wbits
+        if self.settings.target_avg_bits is not None:
+            return kept * self.settings.target_avg_bits
+        return kept * wbits + plain_bits(weight_RC, wbits) - factored_bits(weight_RC, count)
+
+
+def layer_record(block: Block, stream: str, layer: Layer, quantized: QuantizedWeight, first: bool) -> dict[str, Any]:
+    """One record of layers.jsonl; a stream's channel labels are counted with its first Linear."""
+    stored = quantized.stored_bits()
+    stored["labels"] = label_bits(layer.plan.groups.label_C) if first and quantized.quantized else 0
+    stored["bias"] = 0 if layer.bias_R is None else SCALE_BITS * len(layer.bias_R)
+    weights, kept = layer.weight_RC.numel(), int(quantized.kept_G().sum())
+    return dict(
+        block=block.index, stream=stream, layer=block.name_of(layer.name), rows=len(layer.weight_RC),
+        channels=layer.weight_RC.shape[1], weights=weights, kept=kept, sparsity=1 - kept / weights,
+        sizes=layer.plan.groups.sizes_G.tolist(), bits=list(quantized.bits_G),
+        nominal_bits=stored["codes"] / max(kept, 1), stored=stored, bits_per_weight=sum(stored.values()) / weights,
+    )  # fmt: skip
