@@ -1,3 +1,33 @@
-"""mico: post-training compression of language models, measured in true bits."""
+"""mico: post-training compression of language models, measured in true bits.
+
+    import mico
+    report = mico.compress("tiny-llama", sparsity=0.5, wbits=4)
+
+The verbs are the commands of the command line with the same option names; each is imported when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mico.calibrate import calibrate
+    from mico.compress import compress
+    from mico.evaluate import evaluate
+    from mico.mi_group import mi_group
+    from mico.report import report
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "calibrate", "compress", "evaluate", "mi_group", "report"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a verb when it is asked for: its module is callable (mico/callable.py)."""
+    if name in __all__:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module 'mico' has no attribute '{name}': its verbs are {', '.join(__all__[1:])}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -156,6 +157,7 @@ class _Job:
     def run_all(self) -> dict[str, Any]:
         loaded = self.preparation.load()
         architecture = describe(loaded.model, loaded.family)
+        self._check_disk(architecture["parameters"] * loaded.dtype.itemsize)
         self._announce(architecture)
         dense = self._dense_scores(loaded)
         if self.settings.grouping is not None and self.settings.wbits != 16:
@@ -168,12 +170,22 @@ class _Job:
             outcome = solver.solve(loaded, found, made)
         with self.console.stage("save"):
             check = self._save(loaded)
+        dtype, device = loaded.dtype, loaded.device
         self.preparation.forget()
-        compressed = self._compressed_scores(loaded, check)
+        del loaded  # before the saved model is read back: one model in memory at a time
+        compressed = self._compressed_scores(dtype, device, check)
         report = self._report(architecture, dense, compressed, outcome, made)
         write_markdown(report, self.run.path / "report.md")
         self.run.finish(report)
         return report
+
+    def _check_disk(self, model_bytes: int) -> None:
+        """The saved model and the blocks (about a byte a weight) must fit: told before hours of work, not after."""
+        needed, free = int(1.3 * model_bytes), shutil.disk_usage(self.run.path).free
+        if free < needed:
+            raise UserError(
+                f"{self.run.path}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed: free some or move --save"
+            )
 
     def _announce(self, architecture: dict[str, Any]) -> None:
         facts = ", ".join(f"{name} {value}" for name, value in architecture.items())
@@ -197,16 +209,16 @@ class _Job:
         atomic_json(kept, scores)
         return scores
 
-    def _compressed_scores(self, loaded: LoadedModel, check: torch.Tensor) -> dict[str, dict[str, Any]]:
+    def _compressed_scores(
+        self, dtype: torch.dtype, device: torch.device, check: torch.Tensor
+    ) -> dict[str, dict[str, Any]]:
         """Perplexities of the model as it lies on disk, after its logits were found equal to the ones in memory."""
         from transformers import AutoModelForCausalLM
 
-        folder, dtype, device = self.run.path / MODEL, loaded.dtype, loaded.device
-        del loaded
+        folder = self.run.path / MODEL
         with quiet(), self.console.stage("reload"):
-            model = (
-                AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device).eval()
-            )
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        model.to(device).eval()
         difference = (_logits(model, self._probe(device)) - check).abs().max()
         if difference != 0:
             raise RuntimeError(f"{folder}: logits differ from those in memory by {float(difference):g} after reloading")

@@ -34,6 +34,7 @@ SUFFIXES = (".txt", ".jsonl", ".json.gz", ".parquet")
 C4_DOCUMENTS = 1100  # SparseGPT joins the first 1,100 validation documents of C4 ...
 C4_WINDOWS = 256  # ... and keeps the first 256 windows
 DOCS_TEST_PERCENT = 15  # share of the topics of the embedded corpus kept for evaluation
+ROWS_ARE_LINES = ("wikitext2", "ptb")
 JOINERS = {"wikitext2": "\n\n", "ptb": " ", "c4": " ", "docs": "\n\n"}
 EVALUATION_SPLIT: dict[str, Split] = {"wikitext2": "test", "ptb": "test", "c4": "validation", "docs": "test"}
 
@@ -115,13 +116,15 @@ def load_text(
 
 
 def calibration_windows(source: TextSource, tokenizer: Any, nsamples: int, seqlen: int, seed: int) -> Windows:
-    """Cut `nsamples` windows without overlap from the documents, shuffled by `seed` and joined.
+    """Cut `nsamples` windows without overlap from the joined documents, chosen by `seed`.
 
-    A random phase shifts all windows, so another seed sees other cuts even when all the text is used.
+    Documents are shuffled first, but not the rows of WikiText-2 and PTB, which are lines of running text. A random
+    phase shifts all windows, so another seed sees other cuts even when all the text is used.
     Raises DataError when the text holds fewer than nsamples * seqlen tokens.
     """
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(source.documents), generator=generator).tolist()
+    shuffled = torch.randperm(len(source.documents), generator=generator).tolist()
+    order = sorted(shuffled) if source.name in ROWS_ARE_LINES else shuffled
     asked = nsamples * seqlen
     ids = _enough_tokens(source, order, tokenizer, asked)
     available = len(ids)
@@ -191,8 +194,10 @@ def _from_dir(data_dir: Path, name: str, split: Split) -> TextSource:
     folder = data_dir / name
     if not data_dir.is_dir():
         raise DataError(f"--data-dir {data_dir} is not a folder")
-    # WikiText-2 and PTB are small: where a train split is absent, calibrate on validation and say so in `origin`.
-    splits: tuple[str, ...] = (split, "validation") if split == "train" else (split,)
+    # WikiText-2 and PTB are small: where a train split is absent, calibrate on validation (`origin` says so); never
+    # on the split that a text is evaluated on.
+    instead = "validation" if split == "train" and EVALUATION_SPLIT[name] != "validation" else split
+    splits = tuple(dict.fromkeys((split, instead)))
     for candidate in splits:
         for suffix in SUFFIXES:
             path = folder / f"{candidate}{suffix}"

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mico.artifacts import atomic_json, read_json, writing
+from mico.callable import callable_module
 from mico.console import Console
 from mico.data import TEXTS, Windows
 from mico.errors import UserError
+from mico.files import atomic_json, read_json
 from mico.loading import context_length, is_reference, load_config, load_model, load_tokenizer, pick_device, resolve
 from mico.perplexity import (
     PROTOCOL,
@@ -21,7 +22,9 @@ from mico.perplexity import (
     parse_texts,
     protocol_line,
 )
+from mico.summary import check_writable
 
+callable_module(__name__)
 MODEL, MANIFEST = "model", "manifest.json"  # inside a run folder
 
 
@@ -51,7 +54,7 @@ def evaluate(
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: must be at least 1")
     if json_file is not None:
-        _check_writable(Path(json_file))
+        check_writable("--json", json_file)
     pick_device(device)
     folder = model_folder(model)
     hub = dict(offline=offline, trust_remote_code=trust_remote_code)
@@ -122,19 +125,6 @@ def _chosen_texts(
         if isinstance(measured, Mapping) and measured and all(name in TEXTS for name in measured):
             return tuple(measured)
     return default_texts(is_reference(model), data_dir)
-
-
-def _check_writable(path: Path) -> None:
-    """Refuse, before any work, a result file that cannot be written."""
-    if path.is_dir():
-        raise UserError(f"--json {path}: this is a folder, give a file")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        existed = path.exists()
-        with path.open("ab"):
-            pass
-        if not existed:
-            path.unlink()
 
 
 def _steps(advance: Callable[[str], None], sets: Mapping[str, Windows]) -> Progress:

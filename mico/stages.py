@@ -173,8 +173,8 @@ def statistics(preparation: Preparation, folder: str | None = None) -> Statistic
 
     def make(run: RunFolder, advance: Callable[[str], None]) -> None:
         loaded, source = preparation.load(), preparation.source
-        batches = dict(batch_size=source.batch_size)
-        for block in walk(loaded.model, loaded.family, preparation.windows.ids_NT, **batches):
+        windows = preparation.windows.ids_NT
+        for block in walk(loaded.model, loaded.family, windows, batch_size=source.batch_size):
             if block.index < run.finished:
                 continue
             meters = block.measure(lambda channels: StreamMeter(channels, loaded.device))

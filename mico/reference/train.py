@@ -44,12 +44,16 @@ def build_model(arch: str, size: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
     s = SIZES[size]
-    shared = dict(vocab_size=VOCABULARY, hidden_size=s["hidden"], num_hidden_layers=s["layers"], bos_token_id=None)
+    shared: dict[str, Any] = dict(
+        vocab_size=VOCABULARY, hidden_size=s["hidden"], num_hidden_layers=s["layers"], bos_token_id=None
+    )
     shared |= dict(num_attention_heads=s["heads"], max_position_embeddings=SEQLEN, eos_token_id=1, pad_token_id=None)
     if arch == "llama":
-        grouped = dict(num_key_value_heads=s["heads"] // 2, intermediate_size=3 * s["hidden"])
+        grouped: dict[str, Any] = dict(num_key_value_heads=s["heads"] // 2, intermediate_size=3 * s["hidden"])
         return LlamaForCausalLM(LlamaConfig(**shared, **grouped, tie_word_embeddings=True))
-    extra = dict(ffn_dim=4 * s["hidden"], word_embed_proj_dim=s["hidden"], dropout=0.0, attention_dropout=0.0)
+    extra: dict[str, Any] = dict(
+        ffn_dim=4 * s["hidden"], word_embed_proj_dim=s["hidden"], dropout=0.0, attention_dropout=0.0
+    )
     return OPTForCausalLM(OPTConfig(**shared, **extra))
 
 
