@@ -1,0 +1,73 @@
+"""Verb: activation statistics in, channel groups of every stream on disk (mico mi-group)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mico.callable import callable_module
+from mico.console import Console
+from mico.errors import UserError
+from mico.settings import Grouping, Source
+from mico.stages import Preparation, groups, statistics
+from mico.summary import groups_section
+from mico.tables import Section
+
+callable_module(__name__)
+
+
+def mi_group(
+    model: str,
+    *,
+    n_groups: int | str = "auto",
+    grouping: str = "mi",
+    mi_method: str = "gaussian",
+    cluster: str = "spectral",
+    calib: str | None = None,
+    data_dir: str | None = None,
+    data_file: str | None = None,
+    nsamples: int = 128,
+    seqlen: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    offline: bool = False,
+    trust_remote_code: bool = False,
+    statistics_dir: str | None = None,
+    save: str | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Group the channels of every stream; compress of the same options finds the groups.
+
+    Statistics come from `statistics_dir`, or from where calibrate leaves them, and are made when missing.
+    Returns the folder and one record a stream and block: number and sizes of the groups, for grouping `mi` also
+    mean information within and between them (nats a pair), silhouette and Davies-Bouldin index.
+    Raises UserError for what the user can mend.
+    """
+    console = console or Console()
+    chosen = Grouping(n_groups, grouping, mi_method, cluster)
+    source = Source(
+        model, calib, data_dir, data_file, nsamples, seqlen, batch_size, seed, device, dtype, offline, trust_remote_code
+    )
+    preparation = Preparation(source, console)
+    _check(chosen, preparation.config)
+    found = statistics(preparation, statistics_dir)
+    made = groups(preparation, found, chosen, save)
+    records = [record for index in range(preparation.blocks()) for record in made.block(index)[1]]
+    return dict(
+        model=model, folder=str(made.run.path), statistics=str(found.run.path), grouping=grouping, streams=records
+    )
+
+
+def _check(grouping: Grouping, config: Any) -> None:
+    """Refuse, before anything is measured, more groups than the narrowest stream has channels."""
+    narrowest = min(config.hidden_size, getattr(config, "intermediate_size", None) or config.ffn_dim)
+    if isinstance(grouping.n_groups, int) and grouping.n_groups > narrowest:
+        raise UserError(
+            f"--n-groups {grouping.n_groups}: more groups than channels, the narrowest stream has {narrowest}"
+        )
+
+
+def section(result: dict[str, Any]) -> Section:
+    """The groups as one table, a row for every kind of stream."""
+    return groups_section(f"Channel groups of {result['model']}", result["streams"], (f"groups in {result['folder']}",))

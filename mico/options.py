@@ -1,0 +1,159 @@
+"""The options that commands share: each is declared once, by the name the field uses. No heavy import here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from mico.settings import ALLOCATIONS, ARMS, CLUSTERINGS, GROUPINGS, METHOD_NAMES, MI_METHODS
+
+_DATA, _COMPRESSION, _GROUPS, _RUN = "Model and data", "Compression", "Channel groups", "Run"
+
+
+def _option(panel: str, *names: str, help: str, **more: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, help=help, **more)
+
+
+def _choice(panel: str, name: str, allowed: tuple[str, ...], help: str, **more: Any) -> Any:
+    """A name out of a table; a wrong one is refused by the verb, in one line that lists the valid ones."""
+    return _option(panel, name, help=f"{help} One of {', '.join(allowed)}.", metavar="NAME", **more)
+
+
+# --- model and data -------------------------------------------------------------------------------------------------
+
+Model = Annotated[str, typer.Argument(help="A name of `mico models`, a hub id, or a local folder.", show_default=False)]
+Runs = Annotated[
+    list[str], typer.Argument(help="Run folders that mico compress wrote.", show_default=False, metavar="FOLDER")
+]
+Calib = Annotated[
+    str | None,
+    _option(
+        _DATA, "--calib", help="Text to calibrate on: wikitext2, ptb, c4 or docs (the documentation inside Python).",
+        show_default="c4; docs for a shipped model without --data-dir",
+    ),
+]  # fmt: skip
+DataDir = Annotated[
+    str | None,
+    _option(
+        _DATA, "--data-dir", show_default="$MICO_DATA_DIR, else the hub",
+        help="Folder with wikitext2/, ptb/, c4/ holding train|validation|test in txt, jsonl, json.gz or parquet.",
+    ),
+]  # fmt: skip
+DataFile = Annotated[str | None, _option(_DATA, "--data-file", help="A text of your own, instead of --calib.")]
+EvalFile = Annotated[str | None, _option(_DATA, "--data-file", help="A text of your own to measure on.")]
+Nsamples = Annotated[int, _option(_DATA, "--nsamples", help="Calibration windows.")]
+Seqlen = Annotated[
+    int | None,
+    _option(_DATA, "--seqlen", help="Tokens a window.", show_default="the model's maximum, at most 2048"),
+]
+BatchSize = Annotated[int, _option(_DATA, "--batch-size", help="Windows in one forward pass.")]
+Seed = Annotated[int, _option(_DATA, "--seed", help="Draws the calibration windows.")]
+Eval = Annotated[
+    str | None,
+    _option(
+        _DATA, "--eval", help="Texts to measure perplexity on, with commas: wikitext2,ptb,c4,docs; or all.",
+        show_default="wikitext2,ptb,c4; docs for a shipped model without --data-dir",
+    ),
+]  # fmt: skip
+Offline = Annotated[bool, _option(_DATA, "--offline", help="Use what is on this machine; ask no hub.")]
+TrustRemoteCode = Annotated[bool, _option(_DATA, "--trust-remote-code", help="Run code that comes with the model.")]
+
+# --- compression ----------------------------------------------------------------------------------------------------
+
+Sparsity = Annotated[
+    float | None,
+    _option(
+        _COMPRESSION, "--sparsity", help="Share of the weights to prune.",
+        show_default="0.5; 0 with --pattern, gptq or rtn",
+    ),
+]  # fmt: skip
+Pattern = Annotated[str | None, _option(_COMPRESSION, "--pattern", metavar="N:M", help="Keep n of every m, as 2:4.")]
+Wbits = Annotated[int, _option(_COMPRESSION, "--wbits", help="Bits a weight, 2 to 8; 16 only prunes.")]
+TargetAvgBits = Annotated[
+    float | None,
+    _option(
+        _COMPRESSION, "--target-avg-bits", show_default="what --wbits would take in all",
+        help="Mean bits of the codes of kept weights, spread over the groups.",
+    ),
+]  # fmt: skip
+Method = Annotated[
+    str | None,
+    _choice(_COMPRESSION, "--method", METHOD_NAMES, "How weights are compressed.", show_default="by --arm, else mico"),
+]
+Arm = Annotated[
+    str | None,
+    _choice(
+        _COMPRESSION, "--arm", ARMS,
+        "A row of the ablation: SparseGPT as published, with groups by importance, or with groups by MI.",
+    ),
+]  # fmt: skip
+Allocation = Annotated[
+    str | None,
+    _choice(
+        _COMPRESSION, "--allocation", ALLOCATIONS, "How groups get their bits.", show_default="by --arm, else rate"
+    ),
+]  # fmt: skip
+GroupSize = Annotated[
+    int | None,
+    _option(_COMPRESSION, "--group-size", help="Consecutive channels that share a scale.", show_default="a whole row"),
+]
+Percdamp = Annotated[float, _option(_COMPRESSION, "--percdamp", help="Damping, as a share of the mean diagonal.")]
+Blocksize = Annotated[int, _option(_COMPRESSION, "--blocksize", help="Columns swept between two updates.")]
+
+# --- channel groups -------------------------------------------------------------------------------------------------
+
+NGroups = Annotated[str, _option(_GROUPS, "--n-groups", metavar="INTEGER|auto", help="Groups of every stream.")]
+UseMiGrouping = Annotated[
+    bool | None,
+    _option(
+        _GROUPS, "--use-mi-grouping/--no-mi-grouping", help="Group channels, by MI unless --grouping says otherwise.",
+        show_default="on for method mico",
+    ),
+]  # fmt: skip
+Grouping = Annotated[
+    str | None,
+    _choice(
+        _GROUPS, "--grouping", GROUPINGS, "What makes channels a group; all but mi are controls.",
+        show_default="by --arm, else mi",
+    ),
+]  # fmt: skip
+GroupingKind = Annotated[
+    str, _choice(_GROUPS, "--grouping", GROUPINGS, "What makes channels a group; all but mi are controls.")
+]
+MiMethod = Annotated[str, _choice(_GROUPS, "--mi-method", MI_METHODS, "Estimator of mutual information.")]
+Cluster = Annotated[str, _choice(_GROUPS, "--cluster", CLUSTERINGS, "Clustering of the channels.")]
+StatisticsDir = Annotated[
+    str | None,
+    _option(_GROUPS, "--statistics", metavar="DIR", help="Folder of mico calibrate.", show_default="found or made"),
+]
+GroupsDir = Annotated[
+    str | None,
+    _option(_GROUPS, "--groups", metavar="DIR", help="Folder of mico mi-group.", show_default="found or made"),
+]
+
+# --- run ------------------------------------------------------------------------------------------------------------
+
+Save = Annotated[
+    str | None,
+    _option(
+        _RUN, "--save", metavar="DIR", help="Output folder.",
+        show_default="a folder in $MICO_RESULTS, else in ./results, named after model and options",
+    ),
+]  # fmt: skip
+Device = Annotated[str, _option(_RUN, "--device", help="auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[
+    str,
+    _option(
+        _RUN, "--dtype", metavar="NAME",
+        help="float32, bfloat16 or float16; auto is float32 on the CPU and the checkpoint's own on a GPU.",
+    ),
+]  # fmt: skip
+Strict = Annotated[bool, _option(_RUN, "--strict", help="Exit with 3 when a fallback was needed.")]
+JsonFile = Annotated[str | None, _option(_RUN, "--json", metavar="FILE", help="Write the figures here as JSON.")]
+MarkdownFile = Annotated[str | None, _option(_RUN, "--markdown", metavar="FILE", help="Write what is shown here.")]
+Debug = Annotated[bool, _option(_RUN, "--debug", help="Show tracebacks and the warnings of libraries.")]
+Verbose = Annotated[
+    int, _option(_RUN, "--verbose", "-v", count=True, help="One line a layer.", show_default=False, metavar="")
+]
+Quiet = Annotated[bool, _option(_RUN, "--quiet", "-q", help="No notes and no bars, only the result.")]
