@@ -14,7 +14,7 @@ from mico.packed.quantized import QuantizedWeight
 
 TINY = 6e-8  # smallest positive float16: a scale never becomes zero
 LARGEST = 65504.0
-SHRINKS = torch.linspace(1.02, 0.42, 13)  # candidate clipping of the largest weight, coarse pass
+SHRINKS = torch.linspace(1.05, 0.45, 13)  # candidate clipping of the largest weight, coarse pass; 1 is one of them
 SPREADS = (0.2, 0.05)  # half-widths of the finer passes around the factors
 
 
@@ -81,7 +81,7 @@ def stored(scale: torch.Tensor) -> torch.Tensor:
 
 def minmax_grid(weight_RC: torch.Tensor, label_C: torch.Tensor, bits_G: tuple[int, ...]) -> Grid:
     """The asymmetric min-max grid of SparseGPT and GPTQ: per row (and group), zero always representable."""
-    rows, groups = len(weight_RC), len(bits_G)
+    rows, groups, label_C = len(weight_RC), len(bits_G), label_C.to(weight_RC.device)
     index_RC = label_C.expand(rows, -1)
     zeros_RG = weight_RC.new_zeros(rows, groups)
     low_RG = zeros_RG.scatter_reduce(1, index_RC, weight_RC, "amin", include_self=True)
@@ -117,7 +117,7 @@ def symmetric_grid(
         one_G = torch.ones_like(half_G)
         row_R1 = problem.best_rows(widest_RG, one_G, SHRINKS)
         row_R1 = problem.best_rows(row_R1, one_G, torch.linspace(0.96, 1.04, 9))
-        return Grid(to_half(row_R1), None, None, bits_G, label_C)
+        return Grid(to_half(row_R1), None, None, bits_G, problem.label_C)
     full_RG = problem.best_RG(widest_RG, SHRINKS)
     weight_RG = problem.energy_RG() + 1e-30
     log_RG = full_RG.log()
@@ -128,7 +128,7 @@ def symmetric_grid(
         candidates = torch.linspace(1 - spread, 1 + spread, 9)
         row_R1 = problem.best_rows(row_R1, group_G, candidates)
         group_G = problem.best_groups(row_R1, group_G, candidates)
-    return Grid(to_half(row_R1), to_half(group_G), None, bits_G, label_C)
+    return Grid(to_half(row_R1), to_half(group_G), None, bits_G, problem.label_C)
 
 
 def group_errors(
@@ -151,8 +151,9 @@ class _ScaleSearch:
     def __init__(
         self, weight_RC: torch.Tensor, importance_RC: torch.Tensor, label_C: torch.Tensor, half_G: torch.Tensor
     ) -> None:
-        self.weight_RC, self.importance_RC, self.half_G, self.label_C = weight_RC, importance_RC, half_G, label_C
-        self.half_C = half_G[label_C]
+        self.weight_RC, self.importance_RC, self.half_G = weight_RC, importance_RC, half_G
+        self.label_C = label_C.to(weight_RC.device)
+        self.half_C = half_G[self.label_C]
 
     def _by_group(self, values_RC: torch.Tensor) -> torch.Tensor:
         if len(self.half_G) == 1:

@@ -94,6 +94,17 @@ def test_more_bits_never_hurt(seed):
     assert all(a >= b - 1e-12 for a, b in itertools.pairwise(found))
 
 
+@settings(max_examples=40)
+@given(seed=st.integers(0, 10_000), bits=st.floats(2, 8))
+def test_rate_spends_the_remainder_off_the_hull_too(seed, bits):
+    """Arbitrary distortions, whose hulls jump several widths: no single further width would have fitted."""
+    made = tables(seed, lengths=(3, 4), convex=False)
+    kept = np.concatenate([t.kept_G for t in made])
+    found = allocate_rate(made, bits * kept.sum())
+    open_sizes = kept[flat(found) < HIGHEST]
+    assert len(open_sizes) == 0 or bits * kept.sum() - cost(found, made) < open_sizes.min()
+
+
 def test_the_range_of_budgets_is_closed_at_both_ends():
     made = tables(0, lengths=(3, 4))
     total = sum(t.kept_G.sum() for t in made)

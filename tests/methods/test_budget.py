@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from mico.channels.plan import ChannelGroups, LayerPlan
 from mico.methods import METHODS, Layer, StreamProblem
 from mico.methods.budget import SAMPLED_ROWS, Budget, Demand, demand, factored_bits, plain_bits
 from mico.methods.sweep import factorize
-from mico.packed.grid import symmetric_grid
+from mico.packed.grid import SHRINKS
 from mico.packed.quantized import QuantizedWeight
 
 CHANNELS, GROUPS = 64, 4
@@ -127,12 +129,18 @@ def test_demand_equals_loops(pattern):
     energy = np.array([(np.diag(gram) * weight**2)[:, label == g].sum() for g in range(GROUPS)])
     np.testing.assert_allclose(found.importance_G, energy / energy.sum(), rtol=1e-4)
     total = np.trace(weight @ gram @ weight.T)
-    importance_RC = torch.from_numpy(cost * keep).float()
     for w, bits in enumerate(WIDTHS):
-        grid = symmetric_grid(weight_RC, importance_RC, plan.groups.label_C, (bits,) * GROUPS)
-        error = (grid.nearest(weight_RC).double().numpy() - weight) ** 2 * cost * keep
-        expected = [error[:, label == g].sum() / total for g in range(GROUPS)]
-        np.testing.assert_allclose(found.table.distortion_GW[:, w], expected, rtol=2e-3)
+        loops = np.zeros(GROUPS)
+        for (r, row), g in itertools.product(enumerate(weight), range(GROUPS)):
+            members = (label == g) & keep[r]
+            half = (2**bits - 1) / 2
+            errors = []
+            for shrink in SHRINKS[::2].double().tolist():
+                scale = np.abs(row[members]).max() / half * shrink
+                level = np.clip(np.round(row[members] / scale - 0.5) + 0.5, -half, half)
+                errors.append((cost[members] * (level * scale - row[members]) ** 2).sum())
+            loops[g] += min(errors)
+        np.testing.assert_allclose(found.table.distortion_GW[:, w], loops / total, rtol=5e-3)
     assert (np.diff(found.table.distortion_GW) < 0).all()
 
 

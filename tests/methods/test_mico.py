@@ -135,10 +135,12 @@ def test_without_drift_the_target_is_the_weight_itself(bias):
     batches = [(x, x) for _, x in activations(8)]
     result = only(METHODS["mico"](problem(batches, bias=bias)))
     assert torch.equal(result.quantized.dequantize(), weights().half().float())
+    plan = LayerPlan(ChannelGroups.single(CHANNELS), (4,), factored=True)
+    drifted, plain = (only(METHODS[m](problem(batches, plan))) for m in ("mico", "sparsegpt"))
+    assert torch.equal(drifted.quantized.dequantize(), plain.quantized.dequantize())  # same grid, same sweep
     plan = LayerPlan(ChannelGroups.single(CHANNELS), (4,), 0.5, None, True)
     drifted, plain = (only(METHODS[m](problem(batches, plan))) for m in ("mico", "sparsegpt"))
-    assert torch.equal(drifted.quantized.codes_RC, plain.quantized.codes_RC)  # same grid, same sweep
-    assert torch.equal(drifted.quantized.dequantize(), plain.quantized.dequantize())
+    assert drifted.facts["error"] <= plain.facts["error"] * 1.001
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
@@ -224,6 +226,18 @@ def test_dead_and_constant_channels_stay_finite(bias):
     x_hat, x = (torch.cat([b[i] for b in batches]).double() for i in (0, 1))
     out = x_hat @ value.double().T + (result.bias_R.double() - bias if bias is not None else 0)
     assert (out - x @ weights().double().T).square().mean() < 0.1 * (x @ weights().double().T).square().mean()
+
+
+def test_the_weights_of_a_dead_channel_do_not_move_the_grid():
+    batches, weight = activations(8, seed=8), weights()
+    for x_hat, x in batches:
+        x_hat[:, 3] = x[:, 3] = 0
+    loud = weight.clone()
+    loud[:, 3] = 1000.0
+    plan = LayerPlan(ChannelGroups.single(CHANNELS), (4,), 0.5, None, True)
+    found = [only(METHODS["mico"](problem(batches, plan, w))).quantized for w in (weight, loud)]
+    assert torch.equal(found[0].row_scale_RG, found[1].row_scale_RG)
+    assert torch.equal(found[0].dequantize(), found[1].dequantize())
 
 
 def test_inputs_that_overflow_are_refused():
