@@ -59,17 +59,22 @@ class Block:
     def measure(
         self, new_meter: Callable[[int], AnyMeter], streams: Sequence[str] | None = None
     ) -> dict[str, AnyMeter]:
-        """Run the inputs through the block as it is; return a meter a stream, fed with its rows (T, C)."""
+        """Run the inputs through the block as it is; return a meter a stream, fed with its rows (T, C).
+
+        Without `streams` the outputs are kept for `propagate`; with them every batch stops at the last of them,
+        which is the shorter way when weights are going to be replaced.
+        """
         wanted = [s for s in self._family.streams if streams is None or s.name in streams]
         meters = {s.name: new_meter(self._channels(s)) for s in wanted}
         whole = streams is None
         outputs = []
         for batch, x_BTC in enumerate(self._walker.inputs):
-            rows, out_BTC = self._capture(self.module, wanted, x_BTC, stop=not whole)
-            for stream in wanted:
+
+            def digest(stream: Stream, x_TC: torch.Tensor, batch: int = batch) -> None:
                 with self._naming(stream, batch):
-                    meters[stream.name].add(rows[stream.name])
-            outputs.append(out_BTC)
+                    meters[stream.name].add(x_TC)
+
+            outputs.append(self._capture(self.module, wanted, x_BTC, digest, stop=not whole))
         self.outputs = outputs if whole else None
         return meters
 
@@ -81,10 +86,9 @@ class Block:
         moments = PairedMoments(self._channels(wanted), self._walker.device)
         pairs = zip(self._walker.inputs, self._walker.dense_inputs, strict=True)
         for batch, (x_BTC, dense_BTC) in enumerate(pairs):
-            rows = self._capture(self.module, [wanted], x_BTC, stop=True)[0][stream]
-            dense_rows = self._capture(self._dense, [wanted], dense_BTC, stop=True)[0][stream]
+            x_TC, dense_TC = self._rows(self.module, wanted, x_BTC), self._rows(self._dense, wanted, dense_BTC)
             with self._naming(wanted, batch):
-                moments.add(rows, dense_rows)
+                moments.add(x_TC, dense_TC)
         return moments
 
     @torch.no_grad()
@@ -115,22 +119,30 @@ class Block:
         out = module(x_BTC.to(self._walker.device), *call.args, **call.kwargs)
         return (out[0] if isinstance(out, tuple) else out).to(x_BTC.device)
 
-    def _capture(
-        self, module: nn.Module, wanted: Sequence[Stream], x_BTC: torch.Tensor, stop: bool
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        rows: dict[str, torch.Tensor] = {}
+    def _rows(self, module: nn.Module, stream: Stream, x_BTC: torch.Tensor) -> torch.Tensor:
+        found: list[torch.Tensor] = []
+        self._capture(module, [stream], x_BTC, lambda _, x_TC: found.append(x_TC), stop=True)
+        return found[0]
 
-        def hook_for(name: str, last: bool) -> Callable[..., None]:
+    def _capture(
+        self,
+        module: nn.Module,
+        wanted: Sequence[Stream],
+        x_BTC: torch.Tensor,
+        digest: Callable[[Stream, torch.Tensor], None],
+        stop: bool,
+    ) -> torch.Tensor:
+        """Hand the rows of the streams to `digest` as they pass, so that they live no longer than the forward needs."""
+
+        def hook_for(stream: Stream) -> Callable[..., None]:
             def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-                rows[name] = inputs[0].reshape(-1, inputs[0].shape[-1])
-                if last and stop:
+                digest(stream, inputs[0].reshape(-1, inputs[0].shape[-1]))
+                if stop and stream is wanted[-1]:
                     raise _Stop
 
             return hook
 
-        handles = [
-            lookup(module, s.linears[0]).register_forward_pre_hook(hook_for(s.name, s is wanted[-1])) for s in wanted
-        ]
+        handles = [lookup(module, s.linears[0]).register_forward_pre_hook(hook_for(s)) for s in wanted]
         out_BTC = x_BTC
         try:
             out_BTC = self._run(module, x_BTC)
@@ -139,7 +151,7 @@ class Block:
         finally:
             for handle in handles:
                 handle.remove()
-        return rows, out_BTC
+        return out_BTC
 
     @contextmanager
     def _naming(self, stream: Stream, batch: int) -> Iterator[None]:
@@ -197,4 +209,5 @@ def walk(
     for index, module in enumerate(blocks):
         block = Block(index, module, family, walker, copy.deepcopy(module) if paired else None)
         yield block
-        block.propagate()
+        if index + 1 < len(blocks):  # nobody reads what leaves the last block
+            block.propagate()

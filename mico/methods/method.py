@@ -66,10 +66,26 @@ class LayerResult:
 Method = Callable[[StreamProblem], Sequence[LayerResult]]
 
 
+PANEL = 256  # columns of one GEMM of an energy
+
+
+def row_energies(weight_RC: torch.Tensor, gram_CC: torch.Tensor) -> torch.Tensor:
+    """diag(W G Wᵀ), (R,) in float64: the squared norm of every output over the tokens behind the Gram matrix.
+
+    By panels of columns, each against itself and the ones before it: G is symmetric, so half of it will do.
+    """
+    energy_R = torch.zeros(len(weight_RC), dtype=torch.float64, device=weight_RC.device)
+    for start in range(0, len(gram_CC), PANEL):
+        end = min(start + PANEL, len(gram_CC))
+        panel_CS = gram_CC[:end, start:end].to(weight_RC, copy=True)
+        panel_CS[:start] *= 2
+        energy_R += ((weight_RC[:, :end] @ panel_CS) * weight_RC[:, start:end]).sum(1, dtype=torch.float64)
+    return energy_R
+
+
 def output_energy(weight_RC: torch.Tensor, gram_CC: torch.Tensor) -> float:
     """tr(W G Wᵀ): the squared norm of the outputs W x over the tokens behind the Gram matrix."""
-    gram_CC = gram_CC.to(weight_RC.dtype)
-    return float(((weight_RC @ gram_CC) * weight_RC).sum(dtype=torch.float64))
+    return float(row_energies(weight_RC, gram_CC).sum())
 
 
 def relative_error(dense_RC: torch.Tensor, value_RC: torch.Tensor, gram_CC: torch.Tensor) -> float:

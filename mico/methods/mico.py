@@ -1,8 +1,11 @@
-"""mico: the sweep on the asymmetric target, with shrinkage, symmetric factored grids and bias correction.
+"""mico: the asymmetric target with shrinkage, weights re-solved on the mask, symmetric factored grids, bias correction.
 
 The compressed model's inputs x̂ differ from the dense model's x. ‖W X - Ŵ X̂‖² = ‖Ŵ - W*‖² under Σ̂, plus a
 constant, with W* = (W Σ_xx̂ + λ W) (Σ̂ + λ I)⁻¹. W* fits the calibration tokens; how much of the step from W
 to W* helps on tokens it has not seen is measured on held-out batches, in closed form, per Linear.
+A first sweep chooses the mask; the weights it keeps are then re-solved together (mico/methods/support.py), and a second
+sweep quantizes them. The re-solved weights are optimal on their support, so the quantization error adds to the
+pruning error and no cross term is left.
 Where a Linear has a bias, the bias carries the means: centred moments, and b += W E[x] - Ŵ E[x̂].
 Source: algorithm notes, asymmetric target (GPTAQ) and shrinkage. Suffixes: R rows, C channels, G groups.
 """
@@ -16,6 +19,7 @@ import torch
 from mico.channels.meters import PairedMoments, SecondMoments
 from mico.methods.method import Layer, LayerResult, StreamProblem
 from mico.methods.sparsegpt import collect, fit_grid, used
+from mico.methods.support import solve_on_support
 from mico.methods.sweep import Factor, factorize, sweep
 
 UNJUDGED_SHRINKAGE = 0.5  # when no batch could be held out
@@ -37,11 +41,17 @@ def mico(problem: StreamProblem) -> list[LayerResult]:
         target_RC[segment.rows] += shrinkage * step_RC[segment.rows]
     target_RC[:, factor.dead_C] = 0
     pivots_C = factor.pivots_C.float()
+    keep_RC = None
+    if any(segment.sparsity > 0 or segment.pattern for segment in problem.segments):
+        chosen = sweep(target_RC, factor, problem.segments, None, problem.blocksize)
+        keep_RC = chosen.keep_RC
+        assert keep_RC is not None
+        target_RC = solve_on_support(target_RC, factor.damped_CC, keep_RC, chosen.weight_RC)
     grids = [
-        fit_grid(layer, target_RC[segment.rows], pivots_C)
-        for layer, segment in zip(problem.layers, problem.segments, strict=True)
+        fit_grid(layer, target_RC[s.rows], pivots_C, None if keep_RC is None else keep_RC[s.rows])
+        for layer, s in zip(problem.layers, problem.segments, strict=True)
     ]
-    swept = sweep(target_RC, factor, problem.segments, used(grids), problem.blocksize)
+    swept = sweep(target_RC, factor, problem.segments, used(grids), problem.blocksize, keep_RC)
     results = collect(problem, dense_RC, swept, grids, factor)
     return [
         replace(

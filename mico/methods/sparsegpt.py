@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from mico.methods.method import Layer, LayerResult, StreamProblem, relative_error
+from mico.methods.method import Layer, LayerResult, StreamProblem, row_energies
 from mico.methods.sweep import Factor, Swept, factorize, keep_mask, sweep
 from mico.packed.grid import Grid, minmax_grid, symmetric_grid
 from mico.packed.quantized import QuantizedWeight
@@ -24,19 +24,22 @@ def sparsegpt(problem: StreamProblem) -> list[LayerResult]:
     return collect(problem, weight_RC, swept, grids, factor)
 
 
-def fit_grid(layer: Layer, weight_RC: torch.Tensor, pivots_C: torch.Tensor | None = None) -> Grid | None:
+def fit_grid(
+    layer: Layer, weight_RC: torch.Tensor, pivots_C: torch.Tensor | None = None, keep_RC: torch.Tensor | None = None
+) -> Grid | None:
     """The grid of a Linear fitted on these weights, None when its plan does not quantize.
 
-    A factored grid is fitted to the weights that the mask is likely to keep (before compensation), each counted
-    by 1 / U_ii², the price of its error in the sweep.
+    A factored grid is fitted to the weights that the mask keeps, or is likely to keep (before compensation) where
+    none is given, each counted by 1 / U_ii², the price of its error in the sweep.
     """
     plan = layer.plan
     if plan.bits_G[0] == 16:
         return None
     if not plan.factored:
         return minmax_grid(weight_RC, plan.groups.label_C, plan.bits_G)
-    cost_C = torch.ones(weight_RC.shape[1]) if pivots_C is None else pivots_C.square().reciprocal()
-    keep_RC = keep_mask(weight_RC.square() * cost_C, plan.sparsity, plan.pattern, per_row=False)
+    cost_C = weight_RC.new_ones(weight_RC.shape[1]) if pivots_C is None else pivots_C.square().reciprocal()
+    if keep_RC is None:
+        keep_RC = keep_mask(weight_RC.square() * cost_C, plan.sparsity, plan.pattern, per_row=False)
     importance_RC = cost_C.expand_as(weight_RC) if keep_RC is None else cost_C * keep_RC
     return symmetric_grid(weight_RC, importance_RC, plan.groups.label_C, plan.bits_G)
 
@@ -65,17 +68,20 @@ def collect(
     problem: StreamProblem, dense_RC: torch.Tensor, swept: Swept, grids: list[Grid | None], factor: Factor
 ) -> list[LayerResult]:
     """Cut the sweep's result back into Linears, with the error of each on the inputs it sees."""
-    results = []
+    packed, delta_RC = [], -dense_RC
     for layer, segment, grid in zip(problem.layers, problem.segments, grids, strict=True):
         rows = segment.rows
         keep_RC = swept.keep_RC[rows] if swept.keep_RC is not None and (segment.sparsity or segment.pattern) else None
         codes_RC = swept.codes_RC[rows] if swept.codes_RC is not None else None
         quantized = pack(layer, swept.weight_RC[rows], codes_RC, keep_RC, grid)
-        facts = {
-            "error": relative_error(dense_RC[rows], quantized.dequantize(), problem.moments.gram_CC),
-            "damping": factor.damping,
-            "dead": int(factor.dead_C.sum()),
-        }
-        fallbacks = (f"damping raised to {factor.damping:g}",) if factor.escalated else ()
-        results.append(LayerResult(quantized, None, facts, fallbacks))
+        delta_RC[rows] += swept.weight_RC[rows] if quantized.quantized else quantized.dequantize()
+        packed.append(quantized)
+    error_R, energy_R = (row_energies(rows_RC, problem.moments.gram_CC) for rows_RC in (delta_RC, dense_RC))
+    facts = {"damping": factor.damping, "dead": int(factor.dead_C.sum())}
+    fallbacks = (f"damping raised to {factor.damping:g}",) if factor.escalated else ()
+    results = []
+    for quantized, segment in zip(packed, problem.segments, strict=True):
+        error, energy = float(error_R[segment.rows].sum()), float(energy_R[segment.rows].sum())
+        own = {"error": error / energy if energy > 0 else 0.0}
+        results.append(LayerResult(quantized, None, own | facts, fallbacks))
     return results

@@ -17,12 +17,17 @@ from mico.packed.grid import Grid, quantize
 
 SUB_BLOCK = 32  # eager rank-one updates stay inside it; everything later waits for one GEMM
 DAMPING_STEPS = 6
+INVERSE_BLOCK = 256
 
 
 @dataclass(frozen=True)
 class Factor:
-    """upper_CC: U with inv(H + damping) = Uᵀ U; dead_C: channels that never fired; damping: as a share of the mean."""
+    """damped_CC: H + damping; upper_CC: U with inv(damped) = Uᵀ U; dead_C: channels that never fired.
 
+    damping: as a share of the mean diagonal; escalated: how often it had to be raised.
+    """
+
+    damped_CC: torch.Tensor
     upper_CC: torch.Tensor
     dead_C: torch.Tensor
     damping: float
@@ -49,16 +54,26 @@ def factorize(hessian_CC: torch.Tensor, percdamp: float) -> Factor:
     mean = float(diagonal_C.mean()) or 1.0
     for step in range(DAMPING_STEPS):
         damping = percdamp * 10.0**step
-        damped_CC = hessian_CC.clone()
-        damped_CC.diagonal().add_(damping * mean).masked_fill_(dead_C, 1.0)
-        lower_CC, info = torch.linalg.cholesky_ex(damped_CC.flip(0, 1))
+        damped_CC = hessian_CC.flip(0, 1)
+        damped_CC.diagonal().add_(damping * mean).masked_fill_(dead_C.flip(0), 1.0)
+        lower_CC, info = torch.linalg.cholesky_ex(damped_CC)
         if int(info) == 0:
-            identity_CC = torch.eye(len(lower_CC), dtype=torch.float64, device=lower_CC.device)
-            inverse_CC = torch.linalg.solve_triangular(lower_CC, identity_CC, upper=False)
-            upper_CC = inverse_CC.flip(0, 1)
+            upper_CC = invert_lower(lower_CC).flip(0, 1)
             if torch.isfinite(upper_CC).all():
-                return Factor(upper_CC, dead_C, damping, step)
+                return Factor(damped_CC.flip(0, 1), upper_CC, dead_C, damping, step)
     raise UserError(f"the Hessian cannot be factored even with damping {damping:g}: more --nsamples are needed")
+
+
+def invert_lower(lower_CC: torch.Tensor) -> torch.Tensor:
+    """The inverse of a lower triangular matrix by blocks of columns, each solved from its diagonal down."""
+    channels = len(lower_CC)
+    inverse_CC = torch.zeros_like(lower_CC)
+    identity_CS = torch.eye(channels, min(INVERSE_BLOCK, channels), dtype=lower_CC.dtype, device=lower_CC.device)
+    for start in range(0, channels, INVERSE_BLOCK):
+        end = min(start + INVERSE_BLOCK, channels)
+        right_CS = identity_CS[: channels - start, : end - start]
+        inverse_CC[start:, start:end] = torch.linalg.solve_triangular(lower_CC[start:, start:], right_CS, upper=False)
+    return inverse_CC
 
 
 @dataclass(frozen=True)
@@ -133,11 +148,13 @@ def sweep(
     segments: Sequence[Segment],
     grids: Sequence[Grid] | None,
     blocksize: int = 128,
+    keep_RC: torch.Tensor | None = None,
 ) -> Swept:
     """Prune and quantize column by column, pushing each column's error onto the later ones with row U[i, i:].
 
     The mask of a column block keeps the largest w² / U_ii² of its current, compensated weights, per Linear;
-    n:m keeps the best n of every m columns. Works in weight_RC's dtype (float64 for exact comparisons).
+    n:m keeps the best n of every m columns. A mask given as `keep_RC` is taken as it is instead. Works in the dtype
+    of weight_RC (float64 for exact comparisons).
     Source: SparseGPT (Frantar & Alistarh 2023), algorithm 1 joint with quantization.
     """
     dtype = weight_RC.dtype
@@ -146,8 +163,11 @@ def sweep(
     work_CR = weight_RC.T.contiguous()
     work_CR[factor.dead_C] = 0
     levels = _Levels(grids, dtype) if grids is not None else None
-    prunes = any(s.sparsity > 0 or s.pattern for s in segments)
-    keep_CR = torch.ones(work_CR.shape, dtype=torch.bool, device=work_CR.device) if prunes else None
+    selects = keep_RC is None and any(s.sparsity > 0 or s.pattern for s in segments)
+    if selects:
+        keep_CR = torch.ones(work_CR.shape, dtype=torch.bool, device=work_CR.device)
+    else:
+        keep_CR = keep_RC.T.contiguous() if keep_RC is not None else None
     codes_CR = torch.zeros(work_CR.shape, dtype=torch.uint8, device=work_CR.device) if levels else None
     value_CR = torch.empty_like(work_CR)
     loss_R = torch.zeros(work_CR.shape[1], dtype=torch.float64, device=work_CR.device)
@@ -156,13 +176,13 @@ def sweep(
 
     for start in range(0, len(work_CR), blocksize):
         end = min(start + blocksize, len(work_CR))
-        if keep_CR is not None:
+        if keep_CR is not None and selects:
             _mask_block(work_CR, keep_CR, pivots_C, segments, slice(start, end))
         error_CR = torch.empty_like(work_CR[start:end])
         for low in range(start, end, sub_block):
             high = min(low + sub_block, end)
             for i in range(low, high):
-                if keep_CR is not None and i % span == 0:
+                if keep_CR is not None and selects and i % span == 0:
                     _mask_pattern(work_CR, keep_CR, pivots_C, segments, i)
                 weight_R = work_CR[i]
                 if levels is None or codes_CR is None:
