@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -48,7 +50,7 @@ def test_never_worse_than_the_sweep_and_zero_outside_the_mask(dtype: torch.dtype
         solved = solve_on_support(weight.to(dtype), hessian, keep, start.to(dtype), steps)
         assert torch.isfinite(solved).all() and (solved[~keep] == 0).all()
         errors.append(error_of(solved.double(), weight, hessian).sum())
-    assert all(later <= before * (1 + 1e-5) for before, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= before * (1 + 1e-5) for before, later in pairwise(errors))
     best = error_of(exact(weight, hessian, keep), weight, hessian).sum()
     assert errors[-1] <= best + 0.05 * (errors[0] - best), "24 steps recover 95 % of what the exact solution would"
 
@@ -64,7 +66,7 @@ def test_damped_hessian_and_factor_belong_together() -> None:
 
 def test_quantization_error_adds_to_the_pruning_error() -> None:
     """On re-solved weights the cross term of pruning and quantization error vanishes."""
-    weight, hessian, keep, start = problem()
+    weight, hessian, keep, _ = problem()
     solved = exact(weight, hessian, keep)
     generator = torch.Generator().manual_seed(3)
     rounded = solved + 0.05 * torch.randn(solved.shape, generator=generator, dtype=torch.float64) * keep
