@@ -97,7 +97,7 @@ def mi_group(
     result = run(
         model, n_groups=_count(n_groups), grouping=grouping, mi_method=mi_method, cluster=cluster, calib=calib,
         data_dir=data_dir, data_file=data_file, nsamples=nsamples, seqlen=seqlen, batch_size=batch_size, seed=seed,
-        device=device, dtype=dtype, offline=offline, trust_remote_code=trust_remote_code, statistics_dir=statistics,
+        device=device, dtype=dtype, offline=offline, trust_remote_code=trust_remote_code, statistics=statistics,
         save=save, console=_console(quiet, verbose),
     )  # fmt: skip
     _show(section(result))
@@ -122,15 +122,20 @@ def compress(
     from mico.compress import compress as run
     from mico.summary import print_report
 
-    report = run(
-        model, sparsity=sparsity, pattern=pattern, wbits=wbits, target_avg_bits=target_avg_bits,
-        n_groups=_count(n_groups), use_mi_grouping=use_mi_grouping, grouping=grouping, mi_method=mi_method,
-        cluster=cluster, method=method, arm=arm, allocation=allocation, group_size=group_size, percdamp=percdamp,
-        blocksize=blocksize, calib=calib, nsamples=nsamples, seqlen=seqlen, batch_size=batch_size, seed=seed,
-        device=device, dtype=dtype, eval=eval, save=save, data_dir=data_dir, data_file=data_file,
-        statistics_dir=statistics, groups_dir=groups, offline=offline, trust_remote_code=trust_remote_code,
-        strict=strict, json_file=json, console=_console(quiet, verbose),
-    )  # fmt: skip
+    try:
+        report = run(
+            model, sparsity=sparsity, pattern=pattern, wbits=wbits, target_avg_bits=target_avg_bits,
+            n_groups=_count(n_groups), use_mi_grouping=use_mi_grouping, grouping=grouping, mi_method=mi_method,
+            cluster=cluster, method=method, arm=arm, allocation=allocation, group_size=group_size, percdamp=percdamp,
+            blocksize=blocksize, calib=calib, nsamples=nsamples, seqlen=seqlen, batch_size=batch_size, seed=seed,
+            device=device, dtype=dtype, eval=eval, save=save, data_dir=data_dir, data_file=data_file,
+            statistics=statistics, groups=groups, offline=offline, trust_remote_code=trust_remote_code,
+            strict=strict, json=json, console=_console(quiet, verbose),
+        )  # fmt: skip
+    except ContractError as broken:  # the run is whole: its report is shown before the exit code tells of the contract
+        if broken.report is not None:
+            print_report(broken.report, _output())
+        raise
     print_report(report, _output())
 
 
@@ -147,8 +152,8 @@ def evaluate(
     from mico.summary import scores_section
 
     result = run(
-        model, texts=eval, data_dir=data_dir, data_file=data_file, seqlen=seqlen, batch_size=batch_size,
-        device=device, dtype=dtype, offline=offline, trust_remote_code=trust_remote_code, json_file=json,
+        model, eval=eval, data_dir=data_dir, data_file=data_file, seqlen=seqlen, batch_size=batch_size,
+        device=device, dtype=dtype, offline=offline, trust_remote_code=trust_remote_code, json=json,
         console=_console(quiet, verbose),
     )  # fmt: skip
     _show(scores_section(result))
@@ -161,7 +166,7 @@ def report(
     """Show the report of a run again, or compare several in one table."""
     from mico.report import report as run
 
-    run(runs, json_file=json, markdown_file=markdown, console=_output())
+    run(runs, json=json, markdown=markdown, console=_output())
 
 
 @app.command(epilog="Example: mico models")

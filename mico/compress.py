@@ -6,7 +6,6 @@ ends with the same bytes. What is measured at the end is the model read back fro
 
 from __future__ import annotations
 
-import json
 import resource
 import shutil
 import sys
@@ -17,20 +16,24 @@ from typing import Any
 
 import torch
 
+import mico.stages as stages
 from mico.callable import callable_module
 from mico.console import Console
 from mico.data import Windows
 from mico.errors import ContractError, UserError
+from mico.files import read_json
 from mico.loading import LoadedModel, describe, quiet
+from mico.packed.quantized import SCALE_BITS
 from mico.perplexity import PROTOCOL, default_texts, evaluate_texts, evaluation_sets, parse_texts, protocol_line
 from mico.runs import RunFolder, atomic_json
 from mico.runs import fingerprint as digest
 from mico.settings import Compression, Source, compression_of, record
 from mico.solve import Solver
-from mico.stages import Groups, Preparation, groups, results_root, statistics
+from mico.stages import Groups, Preparation, results_root
 from mico.summary import check_writable, flat, write_markdown
 
 callable_module(__name__)
+LAYOUT = 1  # of a run folder and of the algorithms behind its bytes; another number makes older folders unfit
 MODEL = "model"  # the loadable model inside a run folder
 DENSE = "dense.json"  # perplexities of the dense model, kept for a resumed run
 
@@ -64,12 +67,12 @@ def compress(
     save: str | None = None,
     data_dir: str | None = None,
     data_file: str | None = None,
-    statistics_dir: str | None = None,
-    groups_dir: str | None = None,
+    statistics: str | None = None,
+    groups: str | None = None,
     offline: bool = False,
     trust_remote_code: bool = False,
     strict: bool = False,
-    json_file: str | None = None,
+    json: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Compress `model` and return the report that also lies in the run folder (report.json).
@@ -88,8 +91,8 @@ def compress(
         arm=arm, allocation=allocation, group_size=group_size, percdamp=percdamp, blocksize=blocksize,
     )  # fmt: skip
     texts = parse_texts(eval if isinstance(eval, str) else ",".join(eval)) if eval is not None else None
-    if json_file is not None:
-        check_writable("--json", json_file)
+    if json is not None:
+        check_writable("--json", json)
     with console.stage("total"):
         preparation = Preparation(source, console)
         check_shapes(preparation, settings)
@@ -99,34 +102,32 @@ def compress(
             seqlen=preparation.seqlen, data_dir=data_dir, offline=offline,
         )  # fmt: skip
         arguments = _arguments(preparation, settings, sets)
-        folder = (
-            Path(save)
-            if save
-            else results_root() / f"{preparation.label}-{arm or settings.method}-{digest(arguments)[:8]}"
-        )
+        name = f"{preparation.label}-{arm or settings.method}-{digest(arguments)[:8]}"
+        folder = Path(save) if save else results_root() / name
         with RunFolder.open(folder, arguments) as run:
             if run.completed:
                 console.note(f"compress: {run.path} is finished and whole, reusing it")
-                report = json.loads((run.path / "report.json").read_text(encoding="utf-8"))
+                report = read_json(run.path / "report.json")
             else:
                 for name in run.damaged:
                     console.note(f"{run.path / name} is missing or damaged: written again from the finished blocks")
-                job = _Job(preparation, settings, sets, run, console, arm, statistics_dir, groups_dir)
+                job = _Job(preparation, settings, sets, run, console, arm, statistics, groups)
                 report = job.run_all()
-    if json_file:
-        atomic_json(json_file, flat(report))
+    if json:
+        atomic_json(json, flat(report))
     if strict and report["fallbacks"]:
         first = report["fallbacks"][0]
         raise ContractError(
-            f"--strict: {len(report['fallbacks'])} fallbacks, the first {first['layer']}: {first['what']}"
+            f"--strict: {len(report['fallbacks'])} fallbacks, the first {first['layer']}: {first['what']}", report
         )
     return report
 
 
 def _arguments(preparation: Preparation, settings: Compression, sets: dict[str, Windows]) -> dict[str, Any]:
     """What the run folder's content depends on, with the names that the user knows."""
-    evaluation = {name: windows.source.sha256 for name, windows in sets.items()}
-    return dict(name=preparation.source.model) | preparation.identity | record(settings) | dict(eval=evaluation)
+    evaluation = {name: windows.sha256 for name, windows in sets.items()}
+    known = dict(layout=LAYOUT, name=preparation.source.model) | preparation.identity
+    return known | record(settings) | dict(eval=evaluation)
 
 
 def check_shapes(preparation: Preparation, settings: Compression) -> None:
@@ -151,18 +152,23 @@ class _Job:
     run: RunFolder
     console: Console
     arm: str | None
-    statistics_dir: str | None
-    groups_dir: str | None
+    statistics: str | None
+    groups: str | None
+
+    def __post_init__(self) -> None:
+        self.resumed = self.run.finished
+        for change in self.run.environment_changes:
+            self.console.note(f"resumed in another environment, bytes may differ: {change}")
 
     def run_all(self) -> dict[str, Any]:
         loaded = self.preparation.load()
         architecture = describe(loaded.model, loaded.family)
-        self._check_disk(architecture["parameters"] * loaded.dtype.itemsize)
+        self._check_disk(architecture["parameters"], loaded.dtype)
         self._announce(architecture)
         dense = self._dense_scores(loaded)
         if self.settings.grouping is not None and self.settings.wbits != 16:
-            found = statistics(self.preparation, self.statistics_dir)
-            made = groups(self.preparation, found, self.settings.grouping, self.groups_dir)
+            found = stages.statistics(self.preparation, self.statistics)
+            made = stages.groups(self.preparation, found, self.settings.grouping, self.groups)
         else:
             found, made = None, None
         with self.console.stage("compress"):
@@ -174,14 +180,15 @@ class _Job:
         self.preparation.forget()
         del loaded  # before the saved model is read back: one model in memory at a time
         compressed = self._compressed_scores(dtype, device, check)
-        report = self._report(architecture, dense, compressed, outcome, made)
+        report = self._report(architecture, dense, compressed, outcome, solver.overruns, made)
         write_markdown(report, self.run.path / "report.md")
         self.run.finish(report)
         return report
 
-    def _check_disk(self, model_bytes: int) -> None:
-        """The saved model and the blocks (about a byte a weight) must fit: told before hours of work, not after."""
-        needed, free = int(1.3 * model_bytes), shutil.disk_usage(self.run.path).free
+    def _check_disk(self, parameters: int, dtype: torch.dtype) -> None:
+        """The saved model and the blocks (a code and a mask bit a weight) must fit: told before hours of work."""
+        left = 1 - self.run.finished / self.preparation.blocks()
+        needed, free = int(parameters * (dtype.itemsize + 1.2 * left)), shutil.disk_usage(self.run.path).free
         if free < needed:
             raise UserError(
                 f"{self.run.path}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed: free some or move --save"
@@ -204,7 +211,7 @@ class _Job:
     def _dense_scores(self, loaded: LoadedModel) -> dict[str, dict[str, Any]]:
         kept = self.run.path / DENSE
         if kept.exists():
-            return json.loads(kept.read_text(encoding="utf-8"))
+            return read_json(kept)
         scores = self._scores(loaded.model, "dense")
         atomic_json(kept, scores)
         return scores
@@ -219,6 +226,8 @@ class _Job:
         with quiet(), self.console.stage("reload"):
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
         model.to(device).eval()
+        if not torch.isfinite(check).all():
+            raise UserError(f"{folder}: the compressed model's logits hold NaN or Inf in {dtype}: use --dtype float32")
         difference = (_logits(model, self._probe(device)) - check).abs().max()
         if difference != 0:
             raise RuntimeError(f"{folder}: logits differ from those in memory by {float(difference):g} after reloading")
@@ -241,9 +250,10 @@ class _Job:
 
     def _report(
         self, architecture: dict[str, Any], dense: dict[str, Any], compressed: dict[str, Any],
-        layers: list[dict[str, Any]], made: Groups | None,
+        layers: list[dict[str, Any]], overruns: list[str], made: Groups | None,
     ) -> dict[str, Any]:  # fmt: skip
         fallbacks = [dict(layer=line["layer"], what=what) for line in layers for what in line["fallbacks"]]
+        fallbacks += [dict(layer="budget", what=what) for what in overruns]
         fallbacks += [
             dict(layer=f"eval {name}", what=f"{score['shortfall']:,} tokens short of the protocol")
             for name, score in compressed.items() if score["shortfall"]
@@ -257,6 +267,8 @@ class _Job:
             identity=self.preparation.identity, protocol=PROTOCOL, dense=dense, compressed=compressed,
             size=self._size(architecture, layers), layers=layers, groups=diagnostics, fallbacks=fallbacks,
             seconds={name: round(value, 3) for name, value in self.console.so_far().items()},
+            reused_seconds=self.console.reused, resumed_blocks=self.resumed,
+            environment_changes=self.run.environment_changes,
             peak_host_bytes=_peak_host_bytes(), peak_device_bytes=_peak_device_bytes(),
             environment=self.run.environment, command=sys.argv, folder=str(self.run.path),
         )  # fmt: skip
@@ -265,7 +277,8 @@ class _Job:
         weights = sum(line["weights"] for line in layers)
         kept, codes = sum(line["kept"] for line in layers), sum(line["stored"]["codes"] for line in layers)
         stored = sum(sum(line["stored"].values()) for line in layers)
-        rest = architecture["parameters"] - weights
+        biases = sum(line["stored"]["bias"] for line in layers) // SCALE_BITS  # counted in `stored` already
+        rest = architecture["parameters"] - weights - biases
         files = (self.run.path / MODEL).glob("*.safetensors")
         return dict(
             weights=weights, share_compressed=weights / architecture["parameters"], sparsity=1 - kept / weights,

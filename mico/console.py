@@ -22,6 +22,7 @@ class Console:
     quiet: bool = True
     verbosity: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    reused: dict[str, float] = field(default_factory=dict)  # seconds that stages took which an earlier run finished
     notes: list[str] = field(default_factory=list)
     _running: dict[str, float] = field(default_factory=dict, repr=False)
     _rich: RichConsole = field(default_factory=lambda: RichConsole(stderr=True, highlight=False), repr=False)

@@ -74,6 +74,11 @@ class Windows:
         return self.ids_NT.numel()
 
     @property
+    def sha256(self) -> str:
+        """Of the token ids: text, tokenizer and cutting together."""
+        return hashlib.sha256(self.ids_NT.numpy().tobytes()).hexdigest()
+
+    @property
     def shortfall(self) -> int:
         """Tokens asked for and not obtained (only evaluation of C4 asks for a number)."""
         return max(0, (self.tokens_asked or 0) - self.tokens)
@@ -153,6 +158,11 @@ def evaluation_windows(source: TextSource, tokenizer: Any, seqlen: int) -> Windo
         raise DataError(f"{source.origin} has {len(ids):,} tokens, less than one window of --seqlen {seqlen}")
     bos = tokenizer.bos_token_id is not None and int(ids[0]) == tokenizer.bos_token_id
     return Windows(ids[: count * seqlen].view(count, seqlen).contiguous(), source, asked, len(encoded), bos)
+
+
+def token_batches(ids_NT: torch.Tensor, batch_size: int) -> list[dict[str, torch.Tensor]]:
+    """Windows as the batches that a text model is called with."""
+    return [{"input_ids": ids_BT} for ids_BT in ids_NT.split(batch_size)]
 
 
 def _enough_tokens(source: TextSource, order: list[int], tokenizer: Any, asked: int) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 INTERNAL, USER, CONTRACT, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
 
 
@@ -10,4 +12,8 @@ class UserError(ValueError):
 
 
 class ContractError(Exception):
-    """The run finished but a `--strict` contract broke (fallbacks were needed); exit code 3."""
+    """The run finished but a `--strict` contract broke (fallbacks were needed); exit code 3. Holds its report."""
+
+    def __init__(self, message: str, report: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.report = report

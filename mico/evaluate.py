@@ -31,7 +31,7 @@ MODEL, MANIFEST = "model", "manifest.json"  # inside a run folder
 def evaluate(
     model: str,
     *,
-    texts: str | Sequence[str] | None = None,
+    eval: str | Sequence[str] | None = None,
     data_dir: str | None = None,
     data_file: str | None = None,
     seqlen: int | None = None,
@@ -40,28 +40,28 @@ def evaluate(
     dtype: str = "auto",
     offline: bool = False,
     trust_remote_code: bool = False,
-    json_file: str | None = None,
+    json: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Measure `model`: a hub id, an alias, a local folder, or a run folder of mico (its `model/`).
 
-    texts: names, 'wikitext2,ptb' or 'all'. None: only `data_file` when there is one, else the texts of the run
-    for a run folder, else `default_texts`. A `data_file` given beside `texts` is measured too.
-    Returns plain JSON values, also written to `json_file`: `perplexity` by text, and under `texts` what is needed
+    eval: names, 'wikitext2,ptb' or 'all'. None: only `data_file` when there is one, else the texts of the run
+    for a run folder, else `default_texts`. A `data_file` given beside `eval` is measured too.
+    Returns plain JSON values, also written to `json`: `perplexity` by text, and under `texts` what is needed
     to repeat each. Raises UserError before any weight is read when a text, the model or an option is wrong.
     """
     console = console or Console()
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: must be at least 1")
-    if json_file is not None:
-        check_writable("--json", json_file)
+    if json is not None:
+        check_writable("--json", json)
     pick_device(device)
     folder = model_folder(model)
     hub = dict(offline=offline, trust_remote_code=trust_remote_code)
     length = context_length(load_config(folder, **hub), seqlen)
     sets = evaluation_sets(
         load_tokenizer(folder, **hub),
-        _chosen_texts(model, texts, data_dir, data_file),
+        _chosen_texts(model, eval, data_dir, data_file),
         seqlen=length,
         data_dir=data_dir,
         data_file=data_file,
@@ -89,8 +89,8 @@ def evaluate(
         "texts": results,
         "seconds": round(time.monotonic() - started, 3),
     }
-    if json_file is not None:
-        atomic_json(json_file, report)
+    if json is not None:
+        atomic_json(json, report)
     return report
 
 

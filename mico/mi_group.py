@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import mico.stages as stages
 from mico.callable import callable_module
 from mico.console import Console
 from mico.errors import UserError
 from mico.settings import Grouping, Source
-from mico.stages import Preparation, groups, statistics
+from mico.stages import Preparation
 from mico.summary import groups_section
 from mico.tables import Section
 
@@ -33,13 +34,13 @@ def mi_group(
     dtype: str = "auto",
     offline: bool = False,
     trust_remote_code: bool = False,
-    statistics_dir: str | None = None,
+    statistics: str | None = None,
     save: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Group the channels of every stream; compress of the same options finds the groups.
 
-    Statistics come from `statistics_dir`, or from where calibrate leaves them, and are made when missing.
+    Statistics come from `statistics`, or from where calibrate leaves them, and are made when missing.
     Returns the folder and one record a stream and block: number and sizes of the groups, for grouping `mi` also
     mean information within and between them (nats a pair), silhouette and Davies-Bouldin index.
     Raises UserError for what the user can mend.
@@ -51,8 +52,8 @@ def mi_group(
     )
     preparation = Preparation(source, console)
     _check(chosen, preparation.config)
-    found = statistics(preparation, statistics_dir)
-    made = groups(preparation, found, chosen, save)
+    found = stages.statistics(preparation, statistics)
+    made = stages.groups(preparation, found, chosen, save)
     records = [record for index in range(preparation.blocks()) for record in made.block(index)[1]]
     return dict(
         model=model, folder=str(made.run.path), statistics=str(found.run.path), grouping=grouping, streams=records

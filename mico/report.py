@@ -13,7 +13,8 @@ from mico.callable import callable_module
 from mico.errors import UserError
 from mico.files import atomic_json, atomic_write, read_json
 from mico.summary import check_writable, flat, sections
-from mico.tables import NOTHING, Section, duration_text, markdown, number, perplexity_text, print_sections, size_text
+from mico.tables import NOTHING, Section, duration_text, number, perplexity_text, print_sections, size_text
+from mico.tables import markdown as as_markdown
 
 callable_module(__name__)
 REPORT = "report.json"
@@ -22,28 +23,28 @@ REPORT = "report.json"
 def report(
     paths: str | Sequence[str],
     *,
-    json_file: str | None = None,
-    markdown_file: str | None = None,
+    json: str | None = None,
+    markdown: str | None = None,
     console: RichConsole | None = None,
 ) -> list[dict[str, Any]]:
     """Show one run folder in full, or several as one row each, on `console` (stdout when None).
 
-    Returns the flat summary of every run with its folder, which is also what `json_file` gets; `markdown_file`
+    Returns the flat summary of every run with its folder, which is also what `json` gets; `markdown`
     gets what is shown. Raises UserError naming a folder that holds no report of a compression.
     """
     paths = [paths] if isinstance(paths, str) else list(paths)
     if not paths:
         raise UserError("report needs at least one run folder, for example results/tiny-llama-mico-1a2b3c4d")
-    for option, file in (("--json", json_file), ("--markdown", markdown_file)):
+    for option, file in (("--json", json), ("--markdown", markdown)):
         if file is not None:
             check_writable(option, file)
     reports = [_read(Path(path)) for path in paths]
     found = sections(reports[0]) if len(reports) == 1 else [comparison(reports, paths)]
     summaries = [dict(folder=path) | flat(one) for path, one in zip(paths, reports, strict=True)]
-    if json_file is not None:
-        atomic_json(json_file, summaries)
-    if markdown_file is not None:
-        atomic_write(markdown_file, markdown(found).encode())
+    if json is not None:
+        atomic_json(json, summaries)
+    if markdown is not None:
+        atomic_write(markdown, as_markdown(found).encode())
     print_sections(found, console or RichConsole(file=sys.stdout, highlight=False))
     return summaries
 

@@ -46,6 +46,10 @@ class Source:
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise UserError(f"--{option.replace('_', '-')} {value}: must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed}: must be from 0 to 4294967295")
+        if self.calib is not None and self.data_file is not None:
+            raise UserError(f"--calib {self.calib} and --data-file {self.data_file} exclude each other: leave one out")
         choose("--dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
 
 
@@ -136,6 +140,15 @@ _ARM_SETTINGS: dict[str, dict[str, Any]] = {
 DEFAULT_SPARSITY = 0.5
 
 
+def _refuse_unused(n_groups: int | str, mi_method: str, cluster: str, allocation: str | None, method: str) -> None:
+    """Options about groups where there are none; an arm takes them all, so that arms run with the same command."""
+    unused = {"--n-groups": n_groups != "auto", "--mi-method": mi_method != "gaussian"}
+    unused |= {"--cluster": cluster != "spectral", "--allocation": allocation is not None}
+    for option, given in unused.items():
+        if given:
+            raise UserError(f"{option} has no effect: --method {method} has no channel groups here (--use-mi-grouping)")
+
+
 def compression_of(
     *,
     sparsity: float | None,
@@ -181,6 +194,8 @@ def compression_of(
         raise UserError(f"--no-mi-grouping contradicts --grouping {given['grouping']}: leave one of them out")
     if wanted and name in ("gptq", "wanda", "rtn"):
         raise UserError(f"--method {name} has no channel groups: leave the grouping options out, or use mico")
+    if not wanted and arm is None:
+        _refuse_unused(n_groups, mi_method, cluster, given["allocation"], name)
     groups = Grouping(n_groups, given["grouping"] or "mi", mi_method, cluster) if wanted and wbits != 16 else None
     return Compression(
         method=name, sparsity=0.0 if parsed else sparsity, pattern=parsed, wbits=wbits,

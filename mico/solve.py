@@ -5,13 +5,14 @@ Suffixes: R rows, C channels, G groups.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from mico.adapters.family import linears_of, lookup
+from mico.channels.allocation import WIDTHS
 from mico.channels.meters import SecondMoments
 from mico.channels.plan import ChannelGroups, LayerPlan
 from mico.console import Console
@@ -24,6 +25,8 @@ from mico.runs import RunFolder
 from mico.settings import Compression
 from mico.stages import Groups, Preparation, Statistics
 from mico.walk import Block, walk
+
+SAFETY = 5e-4  # bits a weight kept back, so that the last mask cannot push the stored size over the plain layout
 
 
 @dataclass
@@ -43,6 +46,7 @@ class Solver:
     settings: Compression
     run: RunFolder
     console: Console
+    overruns: list[str] = field(default_factory=list)  # what the budget could not hold
 
     def solve(self, loaded: LoadedModel, found: Statistics | None, made: Groups | None) -> list[dict[str, Any]]:
         """Compress `loaded` in place, block by block; return one record a Linear.
@@ -54,10 +58,8 @@ class Solver:
         budget = self._budget(loaded, found, made) if found is not None and made is not None else None
         if run.finished:
             self.console.note(f"compress: {run.finished} blocks were finished, going on after them")
-        blocks = walk(
-            loaded.model, loaded.family, self.preparation.windows.ids_NT,
-            batch_size=self.preparation.source.batch_size, paired=self.settings.method in PAIRED,
-        )  # fmt: skip
+        paired = self.settings.method in PAIRED
+        blocks = walk(loaded.model, loaded.family, self.preparation.batches, paired=paired)
         with self.console.bar("compress", self.preparation.blocks()) as advance:
             for block in blocks:
                 if block.index < run.finished:
@@ -70,6 +72,8 @@ class Solver:
                         run.log_layer(record)
                 records += finished.records
                 advance(f"block {block.index}, error {max(record['error'] for record in finished.records):.3g}")
+        if budget is not None and budget.missed_by > 0.01:
+            self.overruns.append(f"the code bits miss their target by {budget.missed_by:.3f} bits a kept weight")
         return records
 
     def _restore(self, block: Block, budget: Budget | None) -> Finished:
@@ -85,7 +89,8 @@ class Solver:
         finished, settings = Finished({}, {}, []), self.settings
         device = next(block.module.parameters()).device
         paired_method = settings.method in PAIRED
-        meters = {} if paired_method else block.measure(lambda channels: SecondMoments.empty(channels, device))
+        new_meter = lambda channels: SecondMoments.empty(channels, device)  # noqa: E731
+        meters = {} if paired_method else block.measure(new_meter, tuple(block.streams))
         for stream, linears in block.streams.items():
             paired = block.measure_paired(stream) if paired_method else None
             moments = paired.total if paired is not None else meters[stream]
@@ -139,7 +144,8 @@ class Solver:
                 labels = made.block(index)[0]
                 for stream, (moments, _) in found.block(index).items():
                     row = next(s for s in loaded.family.streams if s.name == stream)
-                    factor, label = factorize(moments.hessian_CC, settings.percdamp), labels[stream]
+                    hessian_CC = moments.hessian_CC.to(next(module.parameters()).device)
+                    factor, label = factorize(hessian_CC, settings.percdamp), labels[stream]
                     for path, linear in linears_of(module, row).items():
                         weight_RC, plan = linear.weight.detach(), self._plan(linear.in_features, label, None)
                         rates = settings.allocation == "rate"
@@ -149,13 +155,20 @@ class Solver:
                     if settings.target_avg_bits is None:
                         code_bits -= label_bits(label.label_C)
                 advance("")
-        return Budget(demands, settings.allocation, code_bits)
+        least = WIDTHS[0] * sum(float(need.table.kept_G.sum()) for need in demands.values())
+        if code_bits < least:
+            self.overruns.append(
+                f"--wbits {settings.wbits} leaves no room for scales and labels of groups: "
+                f"{(least - code_bits) / 8 / 1024:.1f} KiB more than the plain layout"
+            )
+        return Budget(demands, settings.allocation, max(code_bits, least))
 
     def _allowance(self, weight_RC: torch.Tensor, need: Demand, count: int) -> float:
         kept, wbits = float(need.table.kept_G.sum()), self.settings.wbits
         if self.settings.target_avg_bits is not None:
             return kept * self.settings.target_avg_bits
-        return kept * wbits + plain_bits(weight_RC, wbits) - factored_bits(weight_RC, count)
+        whole = kept * wbits + plain_bits(weight_RC, wbits) - factored_bits(weight_RC, count)
+        return whole - SAFETY * weight_RC.numel()
 
 
 def layer_record(block: Block, stream: str, layer: Layer, quantized: QuantizedWeight, first: bool) -> dict[str, Any]:

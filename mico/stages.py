@@ -23,8 +23,9 @@ from mico.channels.information import mutual_information
 from mico.channels.meters import Reservoir, SecondMoments
 from mico.channels.plan import ChannelGroups
 from mico.console import Console
-from mico.data import Windows, calibration_windows, load_text
+from mico.data import Windows, calibration_windows, load_text, token_batches
 from mico.errors import UserError
+from mico.files import read_json
 from mico.loading import (
     LoadedModel,
     context_length,
@@ -83,8 +84,9 @@ class Preparation:
         source = self.source
         dtype = "float32" if source.dtype == "auto" and self.device.type == "cpu" else source.dtype
         return dict(
-            model=fingerprint(self.folder), text=self.windows.source.name, text_sha256=self.windows.source.sha256,
+            model=fingerprint(self.folder), text=self.windows.source.name, tokens_sha256=self.windows.sha256,
             nsamples=source.nsamples, seqlen=self.seqlen, seed=source.seed, batch_size=source.batch_size, dtype=dtype,
+            device=self.device.type,
         )  # fmt: skip
 
     def load(self) -> LoadedModel:
@@ -102,8 +104,13 @@ class Preparation:
         """Drop the model: it is about to be changed, or is no longer needed."""
         self._loaded = None
 
+    @property
+    def batches(self) -> list[dict[str, torch.Tensor]]:
+        """The calibration inputs as the model is called with them."""
+        return token_batches(self.windows.ids_NT, self.source.batch_size)
+
     def blocks(self) -> int:
-        return int(self.config.num_hidden_layers)
+        return int(self.config.get_text_config().num_hidden_layers)
 
 
 def kept_stage(
@@ -122,13 +129,14 @@ def kept_stage(
     found = RunFolder.view(folder, arguments)
     if found is not None:
         console.note(f"{kind}: reusing {folder}")
+        console.reused[kind] = read_json(folder / "report.json")["seconds"]
         return found
     with RunFolder.open(folder, arguments) as run, console.stage(kind):
         if run.finished:
             console.note(f"{kind}: {run.finished} of {blocks} blocks were there, going on")
         with console.bar(kind, blocks, run.finished) as advance:
             make(run, advance)
-        run.finish({})
+        run.finish(dict(seconds=round(console.so_far()[kind], 3)))
     console.note(f"{kind}: written to {folder}")
     found = RunFolder.view(folder, arguments)
     assert found is not None
@@ -172,9 +180,8 @@ def statistics(preparation: Preparation, folder: str | None = None) -> Statistic
     place = Path(folder) if folder else results_root() / f"statistics-{preparation.label}-{digest(identity)[:8]}"
 
     def make(run: RunFolder, advance: Callable[[str], None]) -> None:
-        loaded, source = preparation.load(), preparation.source
-        windows = preparation.windows.ids_NT
-        for block in walk(loaded.model, loaded.family, windows, batch_size=source.batch_size):
+        loaded = preparation.load()
+        for block in walk(loaded.model, loaded.family, preparation.batches):
             if block.index < run.finished:
                 continue
             meters = block.measure(lambda channels: StreamMeter(channels, loaded.device))

@@ -8,7 +8,7 @@ of the same tokens. Suffixes: N windows, B windows of a batch, T tokens, C chann
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -28,6 +28,7 @@ class Meter(Protocol):
     def add(self, x_TC: torch.Tensor) -> None: ...
 
 
+Batch = Mapping[str, torch.Tensor]  # what the model is called with: input_ids, later also pixel_values
 AnyMeter = TypeVar("AnyMeter", bound=Meter)
 
 
@@ -107,15 +108,21 @@ class Block:
         """Move both tracks through the block; outputs kept from an unchanged measuring pass are used again."""
         walker = self._walker
         if self._dense is not None:
-            before = walker.dense_inputs
-            walker.dense_inputs = [self._run(self._dense, x_BTC) for x_BTC in before]
-        walker.inputs = self.outputs or [self._run(self.module, x_BTC) for x_BTC in walker.inputs]
+            self._move(self._dense, walker.dense_inputs)
+        if self.outputs is not None:
+            walker.inputs = self.outputs
+        else:
+            self._move(self.module, walker.inputs)
+
+    def _move(self, module: nn.Module, inputs: list[torch.Tensor]) -> None:
+        for batch, x_BTC in enumerate(inputs):  # in place: the old activations go as the new ones come
+            inputs[batch] = self._run(module, x_BTC)
 
     def _channels(self, stream: Stream) -> int:
         return self.streams[stream.name][stream.linears[0]].in_features
 
     def _run(self, module: nn.Module, x_BTC: torch.Tensor) -> torch.Tensor:
-        call = self._walker.calls[self.index, x_BTC.shape[0]]
+        call = self._walker.calls[self.index, x_BTC.shape]
         out = module(x_BTC.to(self._walker.device), *call.args, **call.kwargs)
         return (out[0] if isinstance(out, tuple) else out).to(x_BTC.device)
 
@@ -164,23 +171,23 @@ class Block:
 class _Walker:
     """Hidden states between blocks (on the host) and the arguments every block is called with."""
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, ids_NT: torch.Tensor, batch_size: int) -> None:
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Batch]) -> None:
         self.device = next(model.parameters()).device
-        self.calls: dict[tuple[int, int], _Call] = {}
+        self.calls: dict[tuple[int, torch.Size], _Call] = {}
         self.inputs: list[torch.Tensor] = []
         base = getattr(model, "base_model", model)
-        for ids_BT in ids_NT.split(batch_size):
-            self._record(base, blocks, ids_BT)
+        for batch in batches:
+            self._record(base, blocks, batch)
         self.dense_inputs = list(self.inputs)
 
-    def _record(self, base: nn.Module, blocks: nn.ModuleList, ids_BT: torch.Tensor) -> None:
+    def _record(self, base: nn.Module, blocks: nn.ModuleList, batch: Batch) -> None:
         """One forward in which every block only notes how it was called: exact masks and positions, layer by layer."""
 
         def recorder(index: int) -> Callable[..., torch.Tensor]:
             def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
                 if index == 0:
                     self.inputs.append(hidden_states.to("cpu"))
-                self.calls.setdefault((index, len(ids_BT)), _Call(args, kwargs))
+                self.calls.setdefault((index, hidden_states.shape), _Call(args, kwargs))
                 return hidden_states
 
             return forward
@@ -188,24 +195,23 @@ class _Walker:
         try:
             for index, block in enumerate(blocks):
                 block.forward = recorder(index)
-            base(input_ids=ids_BT.to(self.device), use_cache=False)
+            base(**{name: tensor.to(self.device) for name, tensor in batch.items()}, use_cache=False)
         finally:
             for block in blocks:
                 del block.forward
 
 
-def walk(
-    model: nn.Module, family: Family, ids_NT: torch.Tensor, *, batch_size: int = 8, paired: bool = False
-) -> Iterator[Block]:
+def walk(model: nn.Module, family: Family, batches: Sequence[Batch], *, paired: bool = False) -> Iterator[Block]:
     """Yield the blocks of `model` in order, each with the inputs that the blocks before it really produce.
 
-    ids_NT: calibration windows. paired: also carry the dense model's activations (one more copy of them, and
-    of one block). No graph is built, no global state is touched: gradients are on between the blocks if they were.
+    batches: calibration inputs (`token_batches` for text), without padding. paired: also carry the dense model's
+    activations (one more copy of them, and of one block). No graph is built, no global state is touched: gradients
+    are on between the blocks if they were.
     """
     blocks = lookup(model, family.blocks)
     assert isinstance(blocks, nn.ModuleList)
     with torch.no_grad():
-        walker = _Walker(model, blocks, ids_NT, batch_size)
+        walker = _Walker(model, blocks, batches)
     for index, module in enumerate(blocks):
         block = Block(index, module, family, walker, copy.deepcopy(module) if paired else None)
         yield block

@@ -8,6 +8,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"
+bash pipelines/setup.sh
 model=${1:?usage: bash pipelines/ablation.sh MODEL [OPTIONS OF mico compress]}
 shift
 mico=${MICO_VENV:-.venv}/bin/mico

@@ -51,7 +51,6 @@ SURFACE: dict[str, dict[str, Any]] = {
     "models": {},
 }  # fmt: skip
 VERBS = {"calibrate": "calibrate", "mi-group": "mi_group", "compress": "compress", "eval": "evaluate"}
-OTHER_NAMES = {"json": "json_file", "statistics": "statistics_dir", "groups": "groups_dir"}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +89,7 @@ def test_the_option_surface_is_frozen() -> None:
 def test_command_and_python_api_have_the_same_defaults(command: str) -> None:
     verb = getattr(import_module(f"mico.{VERBS[command]}"), VERBS[command])
     group: Any = typer.main.get_command(cli.app)
-    options = {OTHER_NAMES.get(p.name, p.name): p.default for p in group.commands[command].params if not p.required}
+    options = {p.name: p.default for p in group.commands[command].params if not p.required}
     if command == "eval":
         options["texts"] = options.pop("eval")
     parameters = inspect.signature(verb).parameters.values()
@@ -312,7 +311,7 @@ def test_verbs_by_hand_give_the_bytes_of_the_single_command(
 
 def test_second_runs_say_that_they_reuse(space: Workspace) -> None:
     assert space.run.is_dir()
-    places = dict(statistics_dir=str(space.root / "statistics"))
+    places = dict(statistics=str(space.root / "statistics"))
     console = Console()
     made = mico.mi_group(str(space.model), save=str(space.root / "groups"), console=console, **places, **space.options)
     assert [note.split(" ")[1] for note in console.notes[-2:]] == ["reusing", "reusing"]

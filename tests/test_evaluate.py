@@ -81,7 +81,7 @@ def test_a_model_folder_is_measured_on_the_three_texts(folder, data_dir):
 
 def test_seqlen_and_texts_are_taken_and_the_json_is_the_report(folder, data_dir, tmp_path):
     file = tmp_path / "new" / "result.json"
-    report = evaluate(str(folder), texts="ptb", data_dir=str(data_dir), seqlen=16, batch_size=3, json_file=str(file))
+    report = evaluate(str(folder), eval="ptb", data_dir=str(data_dir), seqlen=16, batch_size=3, json=str(file))
     assert json.loads(file.read_text()) == report
     assert list(report["texts"]) == ["ptb"] and report["texts"]["ptb"]["seqlen"] == 16
     assert report["perplexity"]["ptb"] == pytest.approx(plain_perplexity(folder, " ".join(SENTENCES), 16), rel=1e-5)
@@ -93,16 +93,16 @@ def test_an_own_file_is_measured_alone_or_beside_texts(folder, data_dir, tmp_pat
     own.write_text(" ".join(SENTENCES))
     alone = evaluate(str(folder), data_file=str(own))
     assert list(alone["perplexity"]) == ["mine.txt"]
-    beside = evaluate(str(folder), texts=["ptb"], data_dir=str(data_dir), data_file=str(own))
+    beside = evaluate(str(folder), eval=["ptb"], data_dir=str(data_dir), data_file=str(own))
     assert beside["perplexity"]["mine.txt"] == beside["perplexity"]["ptb"] == alone["perplexity"]["mine.txt"]
 
 
 def test_a_run_folder_means_the_model_in_it_and_the_texts_it_was_measured_on(folder, data_dir, tmp_path):
     run = make_run(tmp_path / "run", folder, eval={"ptb": "a digest"})
     report = evaluate(str(run), data_dir=str(data_dir))
-    assert report["perplexity"] == evaluate(str(folder), texts="ptb", data_dir=str(data_dir))["perplexity"]
+    assert report["perplexity"] == evaluate(str(folder), eval="ptb", data_dir=str(data_dir))["perplexity"]
     assert report["model"] == str(run) and report["source"] == str(run / "model")
-    assert list(evaluate(str(run), texts="c4", data_dir=str(data_dir))["texts"]) == ["c4"]
+    assert list(evaluate(str(run), eval="c4", data_dir=str(data_dir))["texts"]) == ["c4"]
 
 
 @pytest.mark.parametrize("arguments", [{}, {"eval": {}}, {"eval": {"mine.txt": "a digest"}}, {"eval": "ptb"}])
@@ -125,14 +125,14 @@ def test_an_unfinished_run_folder_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(texts="ptb,wiki3"), "unknown text 'wiki3': choose from wikitext2, ptb, c4, docs or all"),
-        (dict(texts="wikitext2", offline=True), "text 'wikitext2' needs the hub and --offline is set"),
-        (dict(texts="ptb", data_dir="absent"), "--data-dir absent is not a folder"),
+        (dict(eval="ptb,wiki3"), "unknown text 'wiki3': choose from wikitext2, ptb, c4, docs or all"),
+        (dict(eval="wikitext2", offline=True), "text 'wikitext2' needs the hub and --offline is set"),
+        (dict(eval="ptb", data_dir="absent"), "--data-dir absent is not a folder"),
         (dict(data_file="absent.txt"), "absent.txt does not exist"),
-        (dict(texts="docs", seqlen=CONTEXT + 1), f"--seqlen {CONTEXT + 1}: must be from 2 to"),
-        (dict(texts="docs", seqlen=1), "--seqlen 1: "),
-        (dict(texts="docs", batch_size=0), "--batch-size 0: must be at least 1"),
-        (dict(texts="docs", device="quantum"), "--device quantum: "),
+        (dict(eval="docs", seqlen=CONTEXT + 1), f"--seqlen {CONTEXT + 1}: must be from 2 to"),
+        (dict(eval="docs", seqlen=1), "--seqlen 1: "),
+        (dict(eval="docs", batch_size=0), "--batch-size 0: must be at least 1"),
+        (dict(eval="docs", device="quantum"), "--device quantum: "),
     ],
 )
 def test_mistakes_are_told_in_one_line_before_weights_are_read(folder, options, message):
@@ -144,17 +144,17 @@ def test_mistakes_are_told_in_one_line_before_weights_are_read(folder, options, 
 @pytest.mark.usefixtures("no_weights")
 def test_a_result_file_that_cannot_be_written_is_refused_first(folder, tmp_path):
     with pytest.raises(UserError, match=r"--json .*: this is a folder"):
-        evaluate(str(folder), texts="docs", json_file=str(tmp_path))
+        evaluate(str(folder), eval="docs", json=str(tmp_path))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/result\.json cannot be written"):
-        evaluate(str(folder), texts="docs", json_file=str(tmp_path / "file" / "result.json"))
+        evaluate(str(folder), eval="docs", json=str(tmp_path / "file" / "result.json"))
 
 
 def test_an_earlier_result_survives_a_run_that_fails(folder, tmp_path):
     file = tmp_path / "result.json"
     file.write_text("earlier")
     with pytest.raises(UserError):
-        evaluate(str(folder), texts="wikitext2", offline=True, json_file=str(file))
+        evaluate(str(folder), eval="wikitext2", offline=True, json=str(file))
     assert file.read_text() == "earlier"
 
 

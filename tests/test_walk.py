@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, OPTCo
 from mico.adapters import family_of
 from mico.adapters.family import Family, lookup
 from mico.channels.meters import SecondMoments
+from mico.data import token_batches
 from mico.errors import UserError
 from mico.packed.quantized import QuantizedWeight
 from mico.walk import Block, walk
@@ -119,7 +120,7 @@ def logits(model: Any, batch_size: int = BATCH) -> list[Tensor]:
 @pytest.mark.parametrize("batch_size", [2, 8])
 def test_measured_inputs_and_final_states_are_those_of_a_whole_forward(model, batch_size):
     family, expected = family_of(model.config), hooked(model, batch_size)
-    for block in walk(model, family, ids(), batch_size=batch_size):
+    for block in walk(model, family, token_batches(ids(), batch_size)):
         for name, meter in block.measure(Rows).items():
             same(meter.batches, expected.pop((block.index, name)))
         final = logits_after(model, family, block)
@@ -129,7 +130,7 @@ def test_measured_inputs_and_final_states_are_those_of_a_whole_forward(model, ba
 
 def test_moments_are_those_of_the_hooked_inputs(model):
     expected = hooked(model)
-    for block in walk(model, family_of(model.config), ids(), batch_size=BATCH):
+    for block in walk(model, family_of(model.config), token_batches(ids(), BATCH)):
         for name, moments in block.measure(SecondMoments.empty).items():
             x_TC = torch.cat(expected[block.index, name]).double()
             assert moments.count == WINDOWS * TOKENS
@@ -143,7 +144,7 @@ def test_a_block_gets_what_the_compressed_blocks_before_it_produce(model, measur
     """Outputs kept from a measuring pass are not used once a weight of the block has changed."""
     family, dense = family_of(model.config), hooked(model)
     before, after = {}, {}
-    for block in walk(model, family, ids(), batch_size=BATCH):
+    for block in walk(model, family, token_batches(ids(), BATCH)):
         if measure_first:
             before |= {(block.index, name): meter.batches for name, meter in block.measure(Rows).items()}
         for linears in block.streams.values():
@@ -168,7 +169,7 @@ def test_outputs_of_a_measuring_pass_are_dropped_by_a_replacement():
     model = build("llama")
     family = family_of(model.config)
     found = {}
-    for block in walk(model, family, ids(), batch_size=BATCH):
+    for block in walk(model, family, token_batches(ids(), BATCH)):
         found |= {(block.index, n): m.batches for n, m in block.measure(Rows, streams=["attn_in"]).items()}
         block.measure(Rows)
         disturb(block, "mlp.down_proj")
@@ -181,7 +182,7 @@ def test_asking_for_some_streams_stops_before_the_rest():
     model = build("llama")
     expected, calls = hooked(model), []
     handle = model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda *_: calls.append(1))
-    blocks = walk(model, family_of(model.config), ids(), batch_size=BATCH)
+    blocks = walk(model, family_of(model.config), token_batches(ids(), BATCH))
     block = next(blocks)
     found = block.measure(Rows, streams=["attn_in", "attn_out"])
     assert list(found) == ["attn_in", "attn_out"] and not calls
@@ -196,7 +197,7 @@ def test_paired_moments_hold_the_dense_models_inputs_beside_the_compressed_ones(
     """In dependency order: streams before the measured one are already replaced, in this block too."""
     family, original = family_of(model.config), copy.deepcopy(model)
     found = {}
-    for block in walk(model, family, ids(), batch_size=BATCH, paired=True):
+    for block in walk(model, family, token_batches(ids(), BATCH), paired=True):
         for name, linears in block.streams.items():
             found[block.index, name] = block.measure_paired(name)
             for path in linears:
@@ -217,11 +218,11 @@ def test_paired_moments_hold_the_dense_models_inputs_beside_the_compressed_ones(
 
 def test_the_original_model_is_changed_only_where_weights_were_replaced(model):
     family, before = family_of(model.config), copy.deepcopy(model.state_dict())
-    for block in walk(model, family, ids(), batch_size=BATCH, paired=True):
+    for block in walk(model, family, token_batches(ids(), BATCH), paired=True):
         block.measure_paired("mlp_in")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     changed = set()
-    for block in walk(model, family, ids(), batch_size=BATCH):
+    for block in walk(model, family, token_batches(ids(), BATCH)):
         path = family.streams[-1].linears[0]
         disturb(block, path)
         linear = lookup(model, block.name_of(path))
@@ -246,7 +247,7 @@ def test_not_a_number_is_named_with_block_stream_and_batch(batch):
     text[batch * BATCH, 3] = VOCABULARY - 1
     with torch.no_grad():
         model.model.embed_tokens.weight[VOCABULARY - 1] = float("nan")
-    block = next(walk(model, family_of(model.config), text, batch_size=BATCH))
+    block = next(walk(model, family_of(model.config), token_batches(text, BATCH)))
     with pytest.raises(UserError, match=rf"block 0, stream attn_in, batch {batch}: .*NaN or Inf"):
         block.measure(SecondMoments.empty)
     assert all(not module._forward_pre_hooks for module in model.modules())
@@ -258,7 +259,7 @@ def test_an_overflow_on_either_path_is_named(mended):
     model = build("opt")
     with torch.no_grad():
         model.model.decoder.layers[0].fc2.weight[4] = float("inf")
-    for block in walk(model, family_of(model.config), ids(), batch_size=BATCH, paired=True):
+    for block in walk(model, family_of(model.config), token_batches(ids(), BATCH), paired=True):
         if block.index == 1:
             with pytest.raises(UserError, match=r"block 1, stream mlp_in, batch 0: .*NaN or Inf"):
                 block.measure_paired("mlp_in")
@@ -272,7 +273,7 @@ def test_an_overflow_on_either_path_is_named(mended):
 def test_no_global_state_is_touched():
     model = build("opt")
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    blocks = walk(model, family_of(model.config), ids(), batch_size=BATCH, paired=True)
+    blocks = walk(model, family_of(model.config), token_batches(ids(), BATCH), paired=True)
     for block in blocks:
         assert torch.is_grad_enabled()  # also between the blocks, and so after an abandoned walk
         block.measure(Rows)
@@ -287,7 +288,7 @@ def test_no_global_state_is_touched():
 def test_the_walk_is_the_same_twice(model):
     first, second = ([], [])
     for found in (first, second):
-        for block in walk(model, family_of(model.config), ids(), batch_size=BATCH):
+        for block in walk(model, family_of(model.config), token_batches(ids(), BATCH)):
             found += [m.gram_CC for m in block.measure(SecondMoments.empty).values()]
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -310,7 +311,7 @@ def test_forwards_and_hooks_are_put_back_after_an_error(fails):
     if fails == "norm":
         handle = model.model.norm.register_forward_pre_hook(refuse)
     with pytest.raises((IndexError, RuntimeError)):
-        next(walk(model, family, text, batch_size=BATCH)).measure(Broken)
+        next(walk(model, family, token_batches(text, BATCH))).measure(Broken)
     if handle is not None:
         handle.remove()
     assert all("forward" not in vars(block) for block in model.model.layers)
@@ -320,7 +321,7 @@ def test_forwards_and_hooks_are_put_back_after_an_error(fails):
 
 def test_names_are_those_of_the_model():
     model = build("opt-350m")
-    for block in walk(model, family_of(model.config), ids(), batch_size=BATCH):
+    for block in walk(model, family_of(model.config), token_batches(ids(), BATCH)):
         for linears in block.streams.values():
             for path, linear in linears.items():
                 assert model.get_submodule(block.name_of(path)) is linear

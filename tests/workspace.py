@@ -50,8 +50,8 @@ class Workspace:
         """A finished compression with channel groups by MI; its statistics and groups lie beside it."""
         folder = self.root / "mico-run"
         mico.compress(
-            str(self.model), eval="wikitext2", arm="mi", save=str(folder), statistics_dir=str(self.root / "statistics"),
-            groups_dir=str(self.root / "groups"), **self.options,
+            str(self.model), eval="wikitext2", arm="mi", save=str(folder), statistics=str(self.root / "statistics"),
+            groups=str(self.root / "groups"), **self.options,
         )  # fmt: skip
         return folder
 

@@ -76,6 +76,7 @@ class Budget:
 
     def __init__(self, demands: dict[str, Demand], allocation: str, code_bits: float) -> None:
         self._waiting, self._allocation, self._left = dict(demands), allocation, code_bits
+        self._kept = 0
 
     def widths(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
         """Widths of the groups of these Linears, allocated together with all that are still waiting."""
@@ -90,4 +91,10 @@ class Budget:
     def spend(self, name: str, quantized: QuantizedWeight) -> None:
         """Take what a finished Linear's codes really cost out of the budget."""
         self._left -= quantized.stored_bits()["codes"]
+        self._kept += int(quantized.kept_G().sum())
         del self._waiting[name]
+
+    @property
+    def missed_by(self) -> float:
+        """How far the finished Linears are from the budget, in bits a kept weight; meaningful when none waits."""
+        return abs(self._left) / max(self._kept, 1)

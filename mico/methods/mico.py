@@ -12,12 +12,12 @@ Source: algorithm notes, asymmetric target (GPTAQ) and shrinkage. Suffixes: R ro
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from mico.channels.meters import PairedMoments, SecondMoments
-from mico.methods.method import Layer, LayerResult, StreamProblem
+from mico.methods.method import Layer, LayerResult, StreamProblem, row_energies
 from mico.methods.sparsegpt import collect, fit_grid, used
 from mico.methods.support import solve_on_support
 from mico.methods.sweep import Factor, factorize, sweep
@@ -30,16 +30,14 @@ def mico(problem: StreamProblem) -> list[LayerResult]:
     paired = problem.paired
     assert paired is not None, "mico needs the dense model's inputs beside the compressed model's"
     centred = problem.layers[0].bias_R is not None
-    hessian_CC, cross_CC = _moments(problem.moments, paired.cross_CC, paired.dense_sum_C, centred)
-    factor = factorize(hessian_CC, problem.percdamp)
     dense_RC = problem.weight_RC.float()
-    step_RC = _target_step(dense_RC, hessian_CC, cross_CC, factor)
-    judge = _Judge.of(problem, paired, centred)
-    shrinkages = [judge.shrinkage(dense_RC[s.rows]) for s in problem.segments]
-    target_RC = dense_RC.clone()
-    for segment, (shrinkage, _) in zip(problem.segments, shrinkages, strict=True):
-        target_RC[segment.rows] += shrinkage * step_RC[segment.rows]
-    target_RC[:, factor.dead_C] = 0
+    shrinkages = _shrinkages(problem, paired, centred, dense_RC)  # first: its matrices are gone before the next ones
+    hessian_CC, drift_CC = _moments(problem.moments, paired.cross_CC, paired.dense_sum_C, centred)
+    factor = factorize(hessian_CC, problem.percdamp)
+    target_RC = _target_step(dense_RC, drift_CC, factor)
+    for segment, shrinkage in zip(problem.segments, shrinkages, strict=True):
+        target_RC[segment.rows] *= UNJUDGED_SHRINKAGE if shrinkage is None else shrinkage
+    target_RC += dense_RC
     pivots_C = factor.pivots_C.float()
     keep_RC = None
     if any(segment.sparsity > 0 or segment.pattern for segment in problem.segments):
@@ -52,74 +50,65 @@ def mico(problem: StreamProblem) -> list[LayerResult]:
         for layer, s in zip(problem.layers, problem.segments, strict=True)
     ]
     swept = sweep(target_RC, factor, problem.segments, used(grids), problem.blocksize, keep_RC)
-    results = collect(problem, dense_RC, swept, grids, factor)
-    return [
-        replace(
-            result,
-            bias_R=_corrected_bias(layer, result.quantized.dequantize(), problem.moments, paired),
-            facts=result.facts | {"shrinkage": shrinkage},
-            fallbacks=result.fallbacks + (() if judged else (f"no held-out batch: shrinkage {UNJUDGED_SHRINKAGE}",)),
-        )
-        for layer, result, (shrinkage, judged) in zip(problem.layers, results, shrinkages, strict=True)
-    ]
+    results = collect(problem, dense_RC, swept, grids, factor, hessian_CC)
+    finished = []
+    for layer, result, shrinkage in zip(problem.layers, results, shrinkages, strict=True):
+        bias_R = _corrected_bias(layer, result.quantized.dequantize(), problem.moments, paired)
+        fallbacks = result.fallbacks
+        if shrinkage is None:
+            fallbacks += (f"no held-out batch: shrinkage {UNJUDGED_SHRINKAGE}",)
+        facts = result.facts | {"shrinkage": UNJUDGED_SHRINKAGE if shrinkage is None else shrinkage}
+        finished.append(replace(result, bias_R=bias_R, facts=facts, fallbacks=fallbacks))
+    return finished
 
 
 def _moments(
     own: SecondMoments, cross_CC: torch.Tensor, dense_sum_C: torch.Tensor, centred: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(Σ̂, Σ_xx̂) scaled as Hessians (2/n), around the means when a bias can carry those."""
-    scale = 2.0 / own.count
-    hessian_CC, cross_CC = own.hessian_CC.double(), cross_CC.double() * scale
+    """(Σ̂, Σ_xx̂ - Σ̂) scaled as Hessians (2/n), around the means when a bias can carry those."""
+    hessian_CC, drift_CC = own.hessian_CC.double(), cross_CC.double() * (2.0 / own.count)
     if centred:
-        hessian_CC = hessian_CC - 2.0 * torch.outer(own.mean_C, own.mean_C)
-        cross_CC = cross_CC - 2.0 * torch.outer(dense_sum_C / own.count, own.mean_C)
-    return hessian_CC, cross_CC
+        hessian_CC -= 2.0 * torch.outer(own.mean_C, own.mean_C)
+        drift_CC -= 2.0 * torch.outer(dense_sum_C / own.count, own.mean_C)
+    drift_CC -= hessian_CC
+    return hessian_CC, drift_CC
 
 
-def _target_step(
-    weight_RC: torch.Tensor, hessian_CC: torch.Tensor, cross_CC: torch.Tensor, factor: Factor
-) -> torch.Tensor:
-    """W* - W = W (Σ_xx̂ - Σ̂) (Σ̂ + λ I)⁻¹, with (Σ̂ + λ I)⁻¹ = Uᵀ U."""
+def _target_step(weight_RC: torch.Tensor, drift_CC: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """W* - W = W (Σ_xx̂ - Σ̂) (Σ̂ + λ I)⁻¹, with (Σ̂ + λ I)⁻¹ = Uᵀ U; channels that never fired stay as they are."""
     upper_CC = factor.upper_CC.to(weight_RC.dtype)
-    drift_RC = weight_RC @ (cross_CC - hessian_CC).to(weight_RC.dtype)
+    drift_RC = weight_RC @ drift_CC.to(weight_RC.dtype)
     drift_RC[:, factor.dead_C] = 0
     return (drift_RC @ upper_CC.T) @ upper_CC
 
 
-@dataclass(frozen=True)
-class _Judge:
-    """The target fitted without the held-out batches, and the moments of those."""
+def _shrinkages(
+    problem: StreamProblem, paired: PairedMoments, centred: bool, dense_RC: torch.Tensor
+) -> list[float | None]:
+    """For every Linear argmin over a in [0, 1] of ‖W X - (W + a D) X̂‖² on the held-out tokens, None without any.
 
-    hessian_CC: torch.Tensor | None
-    cross_CC: torch.Tensor | None
-    factor: Factor | None
-    drift_CC: torch.Tensor | None
-    held_CC: torch.Tensor | None
-
-    @classmethod
-    def of(cls, problem: StreamProblem, paired: PairedMoments, centred: bool) -> _Judge:
-        if paired.held.count == 0:
-            return cls(None, None, None, None, None)
-        fit_CC, fit_cross_CC = _moments(paired.fit, paired.fit_cross_CC, paired.fit_dense_sum_C, centred)
-        held_CC, held_cross_CC = _moments(paired.held, paired.held_cross_CC, paired.held_dense_sum_C, centred)
-        factor = factorize(fit_CC, problem.percdamp)
-        return cls(fit_CC, fit_cross_CC, factor, held_cross_CC - held_CC, held_CC)
-
-    def shrinkage(self, weight_RC: torch.Tensor) -> tuple[float, bool]:
-        """argmin over a in [0, 1] of ‖W X - (W + a D) X̂‖² on held-out tokens; False when there were none."""
-        if self.factor is None or self.held_CC is None:
-            return UNJUDGED_SHRINKAGE, False
-        assert self.hessian_CC is not None and self.cross_CC is not None and self.drift_CC is not None
-        step_RC = _target_step(weight_RC, self.hessian_CC, self.cross_CC, self.factor)
-        gain = float(((weight_RC @ self.drift_CC.float()) * step_RC).sum(dtype=torch.float64))
-        cost = float(((step_RC @ self.held_CC.float()) * step_RC).sum(dtype=torch.float64))
-        return (min(1.0, max(0.0, gain / cost)) if cost > 0 else 0.0), True
+    D is the step to the target fitted without those tokens; the objective is a parabola in a.
+    """
+    if paired.held.count == 0:
+        return [None] * len(problem.layers)
+    hessian_CC, drift_CC = _moments(paired.fit, paired.fit_cross_CC, paired.fit_dense_sum_C, centred)
+    step_RC = _target_step(dense_RC, drift_CC, factorize(hessian_CC, problem.percdamp))
+    held_CC, held_drift_CC = _moments(paired.held, paired.held_cross_CC, paired.held_dense_sum_C, centred)
+    gain_R = ((dense_RC @ held_drift_CC.float()) * step_RC).sum(1, dtype=torch.float64)
+    cost_R = row_energies(step_RC, held_CC)
+    found: list[float | None] = []
+    for segment in problem.segments:
+        gain, cost = float(gain_R[segment.rows].sum()), float(cost_R[segment.rows].sum())
+        found.append(min(1.0, max(0.0, gain / cost)) if cost > 0 else 0.0)
+    return found
 
 
 def _corrected_bias(
     layer: Layer, value_RC: torch.Tensor, own: SecondMoments, paired: PairedMoments
 ) -> torch.Tensor | None:
+    """b + W E[x] - Ŵ E[x̂], rounded to the 16 bits that a bias is stored in."""
     if layer.bias_R is None:
         return None
     dense_mean_R = layer.weight_RC.double() @ paired.dense_mean_C
-    return (layer.bias_R.double() + dense_mean_R - value_RC.double() @ own.mean_C).to(layer.bias_R.dtype)
+    bias_R = layer.bias_R.double() + dense_mean_R - value_RC.double() @ own.mean_C
+    return bias_R.to(torch.float16).to(layer.bias_R.dtype)

@@ -20,8 +20,10 @@ def sparsegpt(problem: StreamProblem) -> list[LayerResult]:
     weight_RC = problem.weight_RC.float()
     pivots_C = factor.pivots_C.float()
     grids = [fit_grid(layer, layer.weight_RC.float(), pivots_C) for layer in problem.layers]
-    swept = sweep(weight_RC, factor, problem.segments, used(grids), problem.blocksize)
-    return collect(problem, weight_RC, swept, grids, factor)
+    start_RC = weight_RC.clone()
+    start_RC[:, factor.dead_C] = 0
+    swept = sweep(start_RC, factor, problem.segments, used(grids), problem.blocksize)
+    return collect(problem, weight_RC, swept, grids, factor, problem.moments.gram_CC)
 
 
 def fit_grid(
@@ -65,9 +67,14 @@ def pack(
 
 
 def collect(
-    problem: StreamProblem, dense_RC: torch.Tensor, swept: Swept, grids: list[Grid | None], factor: Factor
+    problem: StreamProblem,
+    dense_RC: torch.Tensor,
+    swept: Swept,
+    grids: list[Grid | None],
+    factor: Factor,
+    gram_CC: torch.Tensor,
 ) -> list[LayerResult]:
-    """Cut the sweep's result back into Linears, with the error of each on the inputs it sees."""
+    """Cut the sweep's result back into Linears, with the error of each under `gram_CC` (of the inputs it sees)."""
     packed, delta_RC = [], -dense_RC
     for layer, segment, grid in zip(problem.layers, problem.segments, grids, strict=True):
         rows = segment.rows
@@ -76,7 +83,7 @@ def collect(
         quantized = pack(layer, swept.weight_RC[rows], codes_RC, keep_RC, grid)
         delta_RC[rows] += swept.weight_RC[rows] if quantized.quantized else quantized.dequantize()
         packed.append(quantized)
-    error_R, energy_R = (row_energies(rows_RC, problem.moments.gram_CC) for rows_RC in (delta_RC, dense_RC))
+    error_R, energy_R = (row_energies(rows_RC, gram_CC) for rows_RC in (delta_RC, dense_RC))
     facts = {"damping": factor.damping, "dead": int(factor.dead_C.sum())}
     fallbacks = (f"damping raised to {factor.damping:g}",) if factor.escalated else ()
     results = []

@@ -47,15 +47,16 @@ def factorize(hessian_CC: torch.Tensor, percdamp: float) -> Factor:
     by ten (`escalated` counts). Raises UserError when H is not finite or cannot be factored.
     """
     hessian_CC = hessian_CC.double()
-    diagonal_C = hessian_CC.diagonal()
+    diagonal_C = hessian_CC.diagonal().clone()
     if not torch.isfinite(diagonal_C).all():
         raise UserError("the Hessian holds NaN or Inf: the activations overflow, try --dtype float32")
     dead_C = diagonal_C <= 0
-    mean = float(diagonal_C.mean()) or 1.0
+    diagonal_C[dead_C] = 1.0  # before the mean is taken, as SparseGPT does
+    mean = float(diagonal_C.mean())
     for step in range(DAMPING_STEPS):
         damping = percdamp * 10.0**step
         damped_CC = hessian_CC.flip(0, 1)
-        damped_CC.diagonal().add_(damping * mean).masked_fill_(dead_C.flip(0), 1.0)
+        damped_CC.diagonal().copy_(diagonal_C.flip(0) + damping * mean)
         lower_CC, info = torch.linalg.cholesky_ex(damped_CC)
         if int(info) == 0:
             upper_CC = invert_lower(lower_CC).flip(0, 1)
@@ -161,13 +162,11 @@ def sweep(
     upper_CC = factor.upper_CC.to(dtype)
     pivots_C = upper_CC.diagonal().contiguous()
     work_CR = weight_RC.T.contiguous()
-    work_CR[factor.dead_C] = 0
     levels = _Levels(grids, dtype) if grids is not None else None
     selects = keep_RC is None and any(s.sparsity > 0 or s.pattern for s in segments)
+    keep_CR = keep_RC.T.contiguous() if keep_RC is not None else None
     if selects:
         keep_CR = torch.ones(work_CR.shape, dtype=torch.bool, device=work_CR.device)
-    else:
-        keep_CR = keep_RC.T.contiguous() if keep_RC is not None else None
     codes_CR = torch.zeros(work_CR.shape, dtype=torch.uint8, device=work_CR.device) if levels else None
     value_CR = torch.empty_like(work_CR)
     loss_R = torch.zeros(work_CR.shape[1], dtype=torch.float64, device=work_CR.device)

@@ -38,10 +38,9 @@ def obs(
     weight, hessian = weight.astype(np.float64).copy(), hessian.astype(np.float64).copy()
     rows, channels = weight.shape
     grid = None if bits is None else minmax(weight, labels, bits)
-    mean = np.diag(hessian).mean()
     dead = np.diag(hessian) == 0
-    hessian[np.diag_indices(channels)] += percdamp * mean
     hessian[dead, dead] = 1.0
+    hessian[np.diag_indices(channels)] += percdamp * np.diag(hessian).mean()
     weight[:, dead] = 0.0
     inverse = np.linalg.inv(hessian)
     # Variance of channel i given all later ones: the pivots are known before any weight is chosen.

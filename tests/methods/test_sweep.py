@@ -53,16 +53,16 @@ def test_sweep_equals_naive(case: str, blocksize: int) -> None:
 
     grids = [minmax_grid(weight, labels, tuple(bits))] if bits else None
     factor = factorize(hessian, 0.01)
-    swept = sweep(weight, factor, [Segment(slice(0, 24), sparsity, pattern)], grids, blocksize)
+    start = weight.clone()
+    start[:, factor.dead_C] = 0
+    swept = sweep(start, factor, [Segment(slice(0, 24), sparsity, pattern)], grids, blocksize)
 
     assert np.linalg.norm(swept.weight_RC.numpy() - expected) <= 1e-6 * np.linalg.norm(expected)
     if sparsity or pattern:
         assert (swept.keep_RC.numpy() == keep).mean() == 1.0
         assert abs((swept.weight_RC == 0).double().mean().item() - (sparsity or 1 - pattern[0] / pattern[1])) < 0.08
+    hessian[factor.dead_C, factor.dead_C] = 1.0
     damped = hessian + torch.eye(channels, dtype=torch.float64) * 0.01 * hessian.diagonal().mean()
-    damped[factor.dead_C, factor.dead_C] = 1.0
-    start = weight.clone()
-    start[:, factor.dead_C] = 0
     delta = start - swept.weight_RC
     energy = ((delta @ damped) * delta).sum(1)
     torch.testing.assert_close(swept.loss_R, energy, rtol=1e-6, atol=1e-9)
