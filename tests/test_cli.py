@@ -90,8 +90,6 @@ def test_command_and_python_api_have_the_same_defaults(command: str) -> None:
     verb = getattr(import_module(f"mico.{VERBS[command]}"), VERBS[command])
     group: Any = typer.main.get_command(cli.app)
     options = {p.name: p.default for p in group.commands[command].params if not p.required}
-    if command == "eval":
-        options["texts"] = options.pop("eval")
     parameters = inspect.signature(verb).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty and p.name != "console"}
     assert {name: value for name, value in options.items() if name not in ("debug", "verbose", "quiet")} == defaults

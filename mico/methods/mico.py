@@ -38,9 +38,12 @@ def mico(problem: StreamProblem) -> list[LayerResult]:
     for segment, shrinkage in zip(problem.segments, shrinkages, strict=True):
         target_RC[segment.rows] *= UNJUDGED_SHRINKAGE if shrinkage is None else shrinkage
     target_RC += dense_RC
-    pivots_C = factor.pivots_C.float()
+    prunes = any(segment.sparsity > 0 or segment.pattern for segment in problem.segments)
+    if prunes:  # channels that never fired go first; unpruned they keep their weights, as the grid may lack a zero
+        target_RC[:, factor.dead_C] = 0
+    pivots_C = factor.pivots_C.float().masked_fill(factor.dead_C, torch.inf)  # those do not shape the grid
     keep_RC = None
-    if any(segment.sparsity > 0 or segment.pattern for segment in problem.segments):
+    if prunes:
         chosen = sweep(target_RC, factor, problem.segments, None, problem.blocksize)
         keep_RC = chosen.keep_RC
         assert keep_RC is not None
