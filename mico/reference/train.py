@@ -7,9 +7,11 @@ there is one. Killed, it goes on from the last checkpoint. `python -m mico.refer
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ class Recipe:
     size: str
     tokens: int
     seed: int
+    data: str  # sha256 of the texts
 
     @property
     def steps(self) -> int:
@@ -125,7 +128,11 @@ def train(recipe: Recipe, streams: dict[str, torch.Tensor], work: Path, device: 
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         return functional.cross_entropy(logits.reshape(-1, VOCABULARY).float(), ids[:, 1:].reshape(-1))
 
-    compiled = torch.compile(loss_of)
+    compiled: Any = loss_of
+    if device.type == "cuda" or any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        compiled = torch.compile(loss_of)
+    else:
+        print("no C++ compiler: training without torch.compile, at half the speed", flush=True)
     checkpoint, step, window, epoch = work / "checkpoint.pt", 0, 0, 0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -224,14 +231,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    recipe = Recipe(args.arch, args.size, args.tokens, args.seed)
+    texts = training_texts(args.data_dir)
+    data = hashlib.sha256("\0".join(f"{name}\0{text}" for name, text in texts.items()).encode()).hexdigest()
+    recipe = Recipe(args.arch, args.size, args.tokens, args.seed, data)
     args.work.mkdir(parents=True, exist_ok=True)
     recipe_file = args.work / "recipe.json"
     if recipe_file.exists() and json.loads(recipe_file.read_text()) != asdict(recipe):
-        raise SystemExit(f"{recipe_file} is of another recipe: give another --work folder or remove this one")
+        raise SystemExit(f"{recipe_file} is of another recipe or other texts: give another --work folder or remove it")
     recipe_file.write_text(json.dumps(asdict(recipe)))
 
-    texts = training_texts(args.data_dir)
     tokenizer = train_tokenizer(texts)
     streams = {n: tokenizer(t, return_tensors="pt", add_special_tokens=False).input_ids[0] for n, t in texts.items()}
     print({name: len(ids) for name, ids in streams.items()}, flush=True)
@@ -240,6 +248,8 @@ def main() -> None:
     model = model.to(torch.bfloat16).eval()
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
+    settings = args.out / "tokenizer_config.json"  # a class name that older versions of transformers know, too
+    settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     perplexities = evaluate_all(model.float(), tokenizer, args.data_dir)
     print(perplexities)
     counts = {name: len(ids) for name, ids in streams.items()}
