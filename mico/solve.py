@@ -26,7 +26,7 @@ from mico.settings import Compression
 from mico.stages import Groups, Preparation, Statistics
 from mico.walk import Block, walk
 
-SAFETY = 5e-4  # bits a weight kept back, so that the last mask cannot push the stored size over the plain layout
+SAFETY = 2e-3  # bits a weight kept back, so that the last mask cannot push the stored size over the plain layout
 
 
 @dataclass
