@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,6 +30,7 @@ from benchmarks import naive_sparsegpt
 from benchmarks.naive_sparsegpt import Clock
 from mico.adapters import family_of
 from mico.adapters.family import lookup
+from mico.channels import products
 from mico.channels.meters import SecondMoments
 from mico.channels.plan import ChannelGroups, LayerPlan
 from mico.data import token_batches
@@ -54,6 +55,7 @@ class Setting:
     batch_size: int = 8
     threads: int = 1
     vocabulary: int = 4096
+    plain_products: int = 0  # 1: mico without oneDNN (mico/channels/products.py), which leaves what its structure gains
 
     def model(self) -> LlamaForCausalLM:
         """The same random weights for every arm, in float32."""
@@ -67,9 +69,10 @@ class Setting:
             torch.manual_seed(0)
             return LlamaForCausalLM(config).eval()
 
-    def ids_NT(self) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(1)
-        return torch.randint(self.vocabulary, (self.tokens // self.seqlen, self.seqlen), generator=generator)
+    def ids_NT(self, windows: int | None = None, seed: int = 1) -> torch.Tensor:
+        """Random windows, by default those to calibrate on."""
+        shape = (windows or self.tokens // self.seqlen, self.seqlen)
+        return torch.randint(self.vocabulary, shape, generator=torch.Generator().manual_seed(seed))
 
 
 Arm = Callable[[LlamaForCausalLM, Setting, Clock], None]
@@ -91,7 +94,8 @@ def mico_arm(model: LlamaForCausalLM, setting: Setting, clock: Clock) -> None:
             with clock.stage("Hessians"):
                 super().add(x_TC)
 
-    with _timed_solver(clock):
+    onednn = products.ONEDNN and not setting.plain_products
+    with _timed_solver(clock), mock.patch.object(products, "ONEDNN", onednn):
         blocks = walk(model, family_of(model.config), token_batches(setting.ids_NT(), setting.batch_size))
         for block in _timed(blocks, clock, "second pass"):
             with clock.stage("first pass"):
@@ -128,8 +132,9 @@ def _timed_solver(clock: Clock) -> Iterator[None]:
         return run
 
     module = sys.modules[METHODS["sparsegpt"].__module__]
-    stages = {name: timed(stage, getattr(module, name)) for name, stage in STAGE_OF.items()}
-    with mock.patch.multiple(module, **stages):
+    with ExitStack() as stack:
+        for name, stage in STAGE_OF.items():
+            stack.enter_context(mock.patch.object(module, name, timed(stage, getattr(module, name))))
         yield
 
 
@@ -138,20 +143,23 @@ ARMS: dict[str, Arm] = {"naive": naive_arm, "mico": mico_arm}
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds of wall clock and of processor time (all threads), the latter by stage, and peak resident bytes."""
+    """Seconds of wall clock and of processor time (all threads), the latter by stage, and peak resident bytes.
+
+    damage: relative distance of the logits to the dense model's, on a window that was not calibrated on.
+    """
 
     wall: float
     cpu: float
     stages: dict[str, float]
     peak_bytes: int
+    damage: float
 
 
 def measure(arm: str, setting: Setting, weights_file: Path | None = None) -> Measurement:
     """Run one arm in this process; keep the compressed Linears when a file is given."""
     torch.set_num_threads(setting.threads)
     model, clock = setting.model(), Clock()
-    with torch.no_grad():
-        model(input_ids=setting.ids_NT()[:1], use_cache=False)  # libraries load, threads start
+    dense = _unseen_logits(model, setting)  # also loads the libraries and starts the threads
     wall, cpu = perf_counter(), process_time()
     ARMS[arm](model, setting, clock)
     wall, cpu = perf_counter() - wall, process_time() - cpu
@@ -161,7 +169,14 @@ def measure(arm: str, setting: Setting, weights_file: Path | None = None) -> Mea
     if weights_file is not None:
         torch.save(compressed_weights(model), weights_file)
     scale = 1 if sys.platform == "darwin" else 1024
-    return Measurement(wall, cpu, stages, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    damage = float((_unseen_logits(model, setting) - dense).norm() / dense.norm())
+    return Measurement(wall, cpu, stages, peak_bytes, damage)
+
+
+@torch.no_grad()
+def _unseen_logits(model: LlamaForCausalLM, setting: Setting) -> torch.Tensor:
+    return model(input_ids=setting.ids_NT(windows=1, seed=2), use_cache=False).logits
 
 
 def compressed_weights(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
@@ -200,7 +215,8 @@ def compress(setting: Setting, repeats: int, console: Console) -> Table:
 def _table(setting: Setting, repeats: int, found: dict[str, list[Measurement]], shares: str) -> Table:
     title = (
         f"compress, original arm: {SPARSITY:.0%} sparse, {BITS} bits | Llama {setting.layers} x {setting.hidden}"
-        f" (ffn {setting.ffn}), {setting.tokens} tokens in windows of {setting.seqlen} | threads {setting.threads},"
+        f" (ffn {setting.ffn}), {setting.tokens} tokens in windows of {setting.seqlen} | {_products(setting)} |"
+        f" threads {setting.threads},"
         f" median of {repeats} (min-max), torch {torch.__version__}"
     )
     table = Table("", *ARMS, "mico / naive", title=title, caption=f"weights that differ: {shares}")
@@ -217,15 +233,19 @@ def _table(setting: Setting, repeats: int, found: dict[str, list[Measurement]], 
     for stage in (*STAGES, "rest"):
         row(f"  {stage}", lambda m, stage=stage: m.stages[stage], "s")  # type: ignore[misc]
     row("peak memory", lambda m: m.peak_bytes / 2**30, "GiB")
+    row("error of the logits", lambda m: 100 * m.damage, "%")
     return table
+
+
+def _products(setting: Setting) -> str:
+    return "mico with oneDNN" if products.ONEDNN and not setting.plain_products else "both with PyTorch's products"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the options and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
     parser.add_argument("what", nargs="?", default="compress", choices=["compress"])
-    default = Setting(threads=torch.get_num_threads())
-    for name, value in vars(default).items():
+    for name, value in vars(Setting(threads=torch.get_num_threads())).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}")
     parser.add_argument("--repeats", type=int, default=3, help="default 3")
     options = vars(parser.parse_args(arguments))

@@ -18,6 +18,7 @@ from torch import nn
 
 from mico.adapters.family import Family, Stream, linears_of, lookup
 from mico.channels.meters import PairedMoments
+from mico.channels.products import FastLinears
 from mico.errors import UserError
 from mico.packed.quantized import QuantizedWeight
 
@@ -123,7 +124,8 @@ class Block:
 
     def _run(self, module: nn.Module, x_BTC: torch.Tensor) -> torch.Tensor:
         call = self._walker.calls[self.index, x_BTC.shape]
-        out = module(x_BTC.to(self._walker.device), *call.args, **call.kwargs)
+        with FastLinears():
+            out = module(x_BTC.to(self._walker.device), *call.args, **call.kwargs)
         return (out[0] if isinstance(out, tuple) else out).to(x_BTC.device)
 
     def _rows(self, module: nn.Module, stream: Stream, x_BTC: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from mico.channels.meters import PairedMoments, SecondMoments
 from mico.channels.plan import LayerPlan
+from mico.channels.products import linear
 from mico.methods.sweep import Segment
 from mico.packed.quantized import QuantizedWeight
 
@@ -77,9 +78,9 @@ def row_energies(weight_RC: torch.Tensor, gram_CC: torch.Tensor) -> torch.Tensor
     energy_R = torch.zeros(len(weight_RC), dtype=torch.float64, device=weight_RC.device)
     for start in range(0, len(gram_CC), PANEL):
         end = min(start + PANEL, len(gram_CC))
-        panel_CS = gram_CC[:end, start:end].to(weight_RC, copy=True)
-        panel_CS[:start] *= 2
-        energy_R += ((weight_RC[:, :end] @ panel_CS) * weight_RC[:, start:end]).sum(1, dtype=torch.float64)
+        panel_SC = gram_CC[start:end, :end].to(weight_RC, copy=True)
+        panel_SC[:, :start] *= 2
+        energy_R += (linear(weight_RC[:, :end], panel_SC) * weight_RC[:, start:end]).sum(1, dtype=torch.float64)
     return energy_R
 
 

@@ -66,15 +66,14 @@ def factorize(hessian_CC: torch.Tensor, percdamp: float) -> Factor:
 
 
 def invert_lower(lower_CC: torch.Tensor) -> torch.Tensor:
-    """The inverse of a lower triangular matrix by blocks of columns, each solved from its diagonal down."""
+    """Invert a lower triangular matrix in place, by blocks of columns, each solved from its diagonal down."""
     channels = len(lower_CC)
-    inverse_CC = torch.zeros_like(lower_CC)
     identity_CS = torch.eye(channels, min(INVERSE_BLOCK, channels), dtype=lower_CC.dtype, device=lower_CC.device)
     for start in range(0, channels, INVERSE_BLOCK):
         end = min(start + INVERSE_BLOCK, channels)
         right_CS = identity_CS[: channels - start, : end - start]
-        inverse_CC[start:, start:end] = torch.linalg.solve_triangular(lower_CC[start:, start:], right_CS, upper=False)
-    return inverse_CC
+        lower_CC[start:, start:end] = torch.linalg.solve_triangular(lower_CC[start:, start:], right_CS, upper=False)
+    return lower_CC
 
 
 @dataclass(frozen=True)
