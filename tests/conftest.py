@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import torch
 from hypothesis import settings
@@ -11,6 +12,9 @@ from hypothesis import settings
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.pop("MICO_DATA_DIR", None)
+
+# A shell that starts the suite in the background makes it ignore Ctrl-C, and its children after it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tiny matrices gain nothing from many threads, and oversubscribed ones slow each other several times.
 torch.set_num_threads(min(torch.get_num_threads(), 4))
