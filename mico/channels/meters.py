@@ -77,7 +77,7 @@ class SecondMoments:
 class PairedMoments:
     """Moments of the compressed model's inputs x̂ beside the dense model's inputs x of the same tokens.
 
-    Every fourth batch goes into the held-out half, which only judges how far to trust the target
+    Every fourth batch goes into the held-out part, which only judges how far to trust the target
     (mico/methods/mico.py). `cross_CC` = sum of x x̂T.
     """
 
