@@ -18,7 +18,8 @@ class QuantizedWeight:
     codes_RC: uint8 in the original channel order (a 16-bit float tensor holding values where nothing is
         quantized: bits 16); 0 where not kept.
     row_scale_RG: float16, (R, G), or (R, 1) when factored; group_scale_G: float16 when factored, else None.
-    zero_RG: uint8 codes of zero, (R, G); None: the middle of the grid, (2**b - 1) / 2, which costs nothing.
+    zero_RG: uint8 codes of zero, (R, G), or (1, G) when all rows share them and they are stored once; None: the
+        middle of the grid, (2**b - 1) / 2, which costs nothing.
     bits_G: code width per group; label_C: group of each channel; keep_RC: surviving weights (None: all);
     pattern: (n, m) when every m consecutive channels keep exactly n.
     """

@@ -17,9 +17,9 @@ PATTERNS = [(2, 4), (1, 2), (4, 8), (3, 5)]
 
 
 def make(
-    rows: int = 6, bits_G=(4,), factored: bool = False, zeros: bool = True, mask=None, seed: int = 0
+    rows: int = 6, bits_G=(4,), factored: bool = False, zeros: bool | str = True, mask=None, seed: int = 0
 ) -> QuantizedWeight:
-    """A random one with 40 channels; mask: None, 'free', or a pattern (n, m)."""
+    """A random one with 40 channels; mask: None, 'free', or a pattern (n, m); zeros 'shared': one row of them."""
     rng, groups, channels = np.random.default_rng(seed), len(bits_G), 40
     label = rng.permutation(np.arange(channels) * groups // channels)
     codes = np.stack([rng.integers(0, 2 ** np.array(bits_G)[label]) for _ in range(rows)])
@@ -30,11 +30,12 @@ def make(
         n, m = mask
         keep = np.stack([rng.permuted(np.arange(channels).reshape(-1, m) % m < n, axis=1).ravel() for _ in range(rows)])
     scale = rng.random((rows, 1 if factored else groups)) + 0.01
+    zero = rng.integers(0, 2 ** np.array(bits_G), (1 if zeros == "shared" else rows, groups))
     return QuantizedWeight(
         torch.from_numpy((codes * keep).astype(np.uint8)),
         torch.from_numpy(scale.astype(np.float16)),
         torch.from_numpy((rng.random(groups) + 0.5).astype(np.float16)) if factored else None,
-        torch.from_numpy(rng.integers(0, 2 ** np.array(bits_G), (rows, groups)).astype(np.uint8)) if zeros else None,
+        torch.from_numpy(zero.astype(np.uint8)) if zeros else None,
         tuple(bits_G),
         torch.from_numpy(label),
         torch.from_numpy(keep) if mask is not None else None,
@@ -45,7 +46,7 @@ def make(
 CASES = [
     dict(bits_G=bits_G, factored=factored, zeros=zeros, mask=mask)
     for bits_G in ((2,), (8,), (4, 4, 4), (2, 3, 5, 8))
-    for factored, zeros in ((False, True), (False, False), (True, False))
+    for factored, zeros in ((False, True), (False, "shared"), (False, False), (True, False), (True, "shared"))
     for mask in (None, "free", (2, 4), (3, 5))
 ]
 
@@ -60,7 +61,7 @@ def naive_values(weight: QuantizedWeight) -> np.ndarray:
         factored = weight.group_scale_G is not None
         scale = float(weight.row_scale_RG[r, 0 if weight.row_scale_RG.shape[1] == 1 else g])
         scale *= float(weight.group_scale_G[g]) if factored else 1.0
-        zero = (2 ** weight.bits_G[g] - 1) / 2 if weight.zero_RG is None else int(weight.zero_RG[r, g])
+        zero = (2 ** weight.bits_G[g] - 1) / 2 if weight.zero_RG is None else int(weight.zero_RG[r % len(weight.zero_RG), g])
         values[r, c] = scale * (int(weight.codes_RC[r, c]) - zero)
     return values
 
@@ -113,7 +114,7 @@ def write(weight: QuantizedWeight) -> tuple[Bits, dict[str, int]]:
         out.write(half_to_int(scale), 16)
     close("scales")
     if weight.zero_RG is not None:
-        for r, (g, bits) in itertools.product(range(len(keep)), enumerate(weight.bits_G)):
+        for r, (g, bits) in itertools.product(range(len(weight.zero_RG)), enumerate(weight.bits_G)):
             out.write(int(weight.zero_RG[r, g]), bits)
     close("zeros")
     for r, c in zip(*np.nonzero(keep), strict=True):
@@ -144,7 +145,8 @@ def read(out: Bits, like: QuantizedWeight) -> np.ndarray:
         scale = scale * np.array([out.read(16) for _ in range(groups)], np.uint16).view(np.float16).astype(np.float64)
     zero = np.tile((2.0 ** np.array(bits) - 1) / 2, (rows, 1))
     if like.zero_RG is not None:
-        zero = np.array([[out.read(bits[g]) for g in range(groups)] for _ in range(rows)], np.float64)
+        stored = [[out.read(bits[g]) for g in range(groups)] for _ in range(len(like.zero_RG))]
+        zero = np.broadcast_to(np.array(stored, np.float64), (rows, groups))
     values = np.zeros((rows, channels))
     for r, c in zip(*np.nonzero(keep), strict=True):
         values[r, c] = scale[r, label[c]] * (out.read(bits[label[c]]) - zero[r, label[c]])
@@ -169,7 +171,7 @@ def test_values_and_size_equal_a_written_and_read_stream(case):
     seed=st.integers(0, 999),
 )
 def test_size_of_any_layout(bits_G, mask, rows, seed):
-    weight = make(rows, bits_G, factored=seed % 2 == 0, zeros=seed % 3 == 0, mask=mask, seed=seed)
+    weight = make(rows, bits_G, factored=seed % 2 == 0, zeros=(False, True, "shared")[seed % 3], mask=mask, seed=seed)
     assert weight.stored_bits() == write(weight)[1]
 
 
