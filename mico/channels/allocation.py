@@ -18,61 +18,71 @@ HIGH, LOW = 0.15, 0.05  # importance above HIGH: 8 bits; between: 4-6; below LOW
 
 @dataclass(frozen=True)
 class RateTable:
-    """One Linear: distortion_GW[g, w] of group g at width WIDTHS[w], and the weights it stores, kept_G."""
+    """One Linear: distortion_GW[g, w] of group g at the w-th width, and the weights it stores, kept_G."""
 
     distortion_GW: Array
     kept_G: Array
 
 
-def allocate_rate(tables: Sequence[RateTable], budget_bits: float) -> list[tuple[int, ...]]:
+def allocate_rate(
+    tables: Sequence[RateTable], budget_bits: float, widths: tuple[int, ...] = WIDTHS
+) -> list[tuple[int, ...]]:
     """Widths that minimise the summed distortion with sum(kept * width) <= budget_bits, over all Linears at once.
+
+    widths: those that a group may take, ascending, one for every column of the tables.
 
     Each group's distortion is replaced by its lower convex hull; then taking hull segments in the order of their
     slope (distortion saved per bit) is the Lagrangian solution for one price λ, and going on with every later
-    segment that still fits spends the remainder. A budget below 2 bits everywhere gives 2 bits everywhere.
+    segment that still fits spends the remainder. A budget below the narrowest everywhere gives that.
     """
     kept = np.concatenate([t.kept_G for t in tables]).astype(np.float64)
     distortion = np.concatenate([t.distortion_GW for t in tables]).astype(np.float64)
-    steps = [step for g in range(len(kept)) for step in _hull_steps(g, distortion[g], kept[g])]
+    steps = [step for g in range(len(kept)) for step in _hull_steps(g, distortion[g], kept[g], widths)]
     steps.sort(key=lambda step: (-step[0], step[1], step[2]))
     level = np.zeros(len(kept), dtype=np.int64)
-    left = budget_bits - kept.sum() * WIDTHS[0]
+    left = budget_bits - kept.sum() * widths[0]
     for _slope, group, low, high in steps:
-        cost = kept[group] * (WIDTHS[high] - WIDTHS[low])
+        cost = kept[group] * (widths[high] - widths[low])
         if level[group] == low and cost <= left:
             level[group], left = high, left - cost
-    _fill_remainder(level, kept, distortion, left)
-    return _split([WIDTHS[w] for w in level], [len(t.kept_G) for t in tables])
+    _fill_remainder(level, kept, distortion, left, widths)
+    return _split([widths[w] for w in level], [len(t.kept_G) for t in tables])
 
 
-def _hull_steps(group: int, distortion_W: Array, kept: float) -> list[tuple[float, int, int, int]]:
+def _hull_steps(
+    group: int, distortion_W: Array, kept: float, widths: tuple[int, ...]
+) -> list[tuple[float, int, int, int]]:
     """(distortion saved per bit, group, from width index, to width index) along the lower convex hull."""
     if kept == 0:
         return []
+
+    def slope(low: int, high: int) -> float:
+        return float((distortion_W[low] - distortion_W[high]) / (widths[high] - widths[low]))
+
     hull = [0]
-    for w in range(1, len(WIDTHS)):
+    for w in range(1, len(widths)):
         if distortion_W[w] >= distortion_W[hull[-1]]:
             continue
-        while len(hull) > 1 and _slope(distortion_W, hull[-2], hull[-1]) <= _slope(distortion_W, hull[-1], w):
+        while len(hull) > 1 and slope(hull[-2], hull[-1]) <= slope(hull[-1], w):
             hull.pop()
         hull.append(w)
-    return [(_slope(distortion_W, a, b) / kept, group, a, b) for a, b in itertools.pairwise(hull)]
+    return [(slope(a, b) / kept, group, a, b) for a, b in itertools.pairwise(hull)]
 
 
-def _slope(distortion_W: Array, low: int, high: int) -> float:
-    return float((distortion_W[low] - distortion_W[high]) / (WIDTHS[high] - WIDTHS[low]))
+def _fill_remainder(level: Array, kept: Array, distortion: Array, left: float, widths: tuple[int, ...]) -> None:
+    """Greedy steps to the next width off the hull, best gain per bit first, until nothing fits."""
 
+    def cost(group: int) -> float:
+        return float(kept[group] * (widths[level[group] + 1] - widths[level[group]]))
 
-def _fill_remainder(level: Array, kept: Array, distortion: Array, left: float) -> None:
-    """Greedy single-width steps off the hull, best gain per bit first, until nothing fits."""
     while True:
-        open_groups = [g for g in range(len(level)) if level[g] + 1 < len(WIDTHS) and 0 < kept[g] <= left]
+        open_groups = [g for g in range(len(level)) if level[g] + 1 < len(widths) and 0 < cost(g) <= left]
         if not open_groups:
             return
-        gain = [(distortion[g, level[g]] - distortion[g, level[g] + 1]) / kept[g] for g in open_groups]
+        gain = [(distortion[g, level[g]] - distortion[g, level[g] + 1]) / cost(g) for g in open_groups]
         best = open_groups[int(np.argmax(gain))]
+        left -= cost(best)
         level[best] += 1
-        left -= kept[best]
 
 
 def allocate_thresholds(

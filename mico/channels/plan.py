@@ -39,7 +39,8 @@ class ChannelGroups:
 class LayerPlan:
     """How to compress one Linear: bits of every group (16 = not quantized).
 
-    factored: scales a_r * b_g on a symmetric grid; else one min-max scale and zero per (row, group).
+    factored: scales a_r * b_g on a symmetric grid; integer: one scale per (row, group) on a symmetric grid that
+    holds zero; neither: one min-max scale and zero per (row, group).
     """
 
     groups: ChannelGroups
@@ -47,6 +48,8 @@ class LayerPlan:
     sparsity: float = 0.0
     pattern: tuple[int, int] | None = None
     factored: bool = False
+    integer: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.bits_G) == self.groups.count, (len(self.bits_G), self.groups.count)
+        assert not (self.factored and self.integer), "a plan has one grid"

@@ -10,7 +10,7 @@ import torch
 
 from mico.methods.method import Layer, LayerResult, StreamProblem, row_energies
 from mico.methods.sweep import Factor, Swept, factorize, keep_mask, sweep
-from mico.packed.grid import Grid, minmax_grid, symmetric_grid
+from mico.packed.grid import Grid, integer_grid, minmax_grid, symmetric_grid
 from mico.packed.quantized import QuantizedWeight
 
 
@@ -31,19 +31,20 @@ def fit_grid(
 ) -> Grid | None:
     """The grid of a Linear fitted on these weights, None when its plan does not quantize.
 
-    A factored grid is fitted to the weights that the mask keeps, or is likely to keep (before compensation) where
+    A symmetric grid is fitted to the weights that the mask keeps, or is likely to keep (before compensation) where
     none is given, each counted by 1 / U_ii², the price of its error in the sweep.
     """
     plan = layer.plan
     if plan.bits_G[0] == 16:
         return None
-    if not plan.factored:
+    if not (plan.factored or plan.integer):
         return minmax_grid(weight_RC, plan.groups.label_C, plan.bits_G)
     cost_C = weight_RC.new_ones(weight_RC.shape[1]) if pivots_C is None else pivots_C.square().reciprocal()
     if keep_RC is None:
         keep_RC = keep_mask(weight_RC.square() * cost_C, plan.sparsity, plan.pattern, per_row=False)
     importance_RC = cost_C.expand_as(weight_RC) if keep_RC is None else cost_C * keep_RC
-    return symmetric_grid(weight_RC, importance_RC, plan.groups.label_C, plan.bits_G)
+    fit = integer_grid if plan.integer else symmetric_grid
+    return fit(weight_RC, importance_RC, plan.groups.label_C, plan.bits_G)
 
 
 def used(grids: list[Grid | None]) -> list[Grid] | None:

@@ -1,11 +1,12 @@
 """Quantization grids: which values a weight may take, fitted before any weight is moved.
 
 value = scale * (code - zero), 0 <= code < 2**bits. Suffixes: R rows, C channels, G groups, K candidates.
-Scales are rounded to float16 when they are fitted, so that what is searched is what is stored.
+Scales are rounded to 16 bits when they are fitted, so that what is searched is what is stored.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,10 @@ from mico.packed.quantized import QuantizedWeight
 
 TINY = 6e-8  # smallest positive float16: a scale never becomes zero
 LARGEST = 65504.0
+LARGEST_SHARED = 65280.0  # that float16 and bfloat16 both hold
 SHRINKS = torch.linspace(1.05, 0.45, 13)  # candidate clipping of the largest weight, coarse pass; 1 is one of them
 SPREADS = (0.2, 0.05)  # half-widths of the finer passes around the factors
+FINE = torch.linspace(0.96, 1.04, 9)  # candidates of a last pass around a scale that stands alone
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Grid:
     def zero_point_RG(self) -> torch.Tensor:
         """Effective float32 zero points, (R, G); the middle of the grid where none is stored."""
         if self.zero_RG is not None:
-            return self.zero_RG.float()
+            return self.zero_RG.float().expand(len(self.row_scale_RG), -1)
         return ((self.levels_G - 1) / 2).expand(len(self.row_scale_RG), -1)
 
     @property
@@ -79,6 +82,15 @@ def stored(scale: torch.Tensor) -> torch.Tensor:
     return to_half(scale).to(scale.dtype)
 
 
+def stored_shared(scale: torch.Tensor) -> torch.Tensor:
+    """What is left of scales of either sign once they are exact in float16 and in bfloat16, in their dtype.
+
+    Eight significant bits inside the range of float16: such a scale can be written in either dtype of a model.
+    """
+    magnitude = scale.abs().clamp(TINY, LARGEST_SHARED).to(torch.bfloat16).to(torch.float16)
+    return magnitude.to(scale.dtype).copysign(scale)
+
+
 def minmax_grid(weight_RC: torch.Tensor, label_C: torch.Tensor, bits_G: tuple[int, ...]) -> Grid:
     """The asymmetric min-max grid of SparseGPT and GPTQ: per row (and group), zero always representable."""
     rows, groups, label_C = len(weight_RC), len(bits_G), label_C.to(weight_RC.device)
@@ -116,7 +128,7 @@ def symmetric_grid(
     if groups == 1:
         one_G = torch.ones_like(half_G)
         row_R1 = problem.best_rows(widest_RG, one_G, SHRINKS)
-        row_R1 = problem.best_rows(row_R1, one_G, torch.linspace(0.96, 1.04, 9))
+        row_R1 = problem.best_rows(row_R1, one_G, FINE)
         return Grid(to_half(row_R1), None, None, bits_G, problem.label_C)
     full_RG = problem.best_RG(widest_RG, SHRINKS)
     weight_RG = problem.energy_RG() + 1e-30
@@ -131,29 +143,62 @@ def symmetric_grid(
     return Grid(to_half(row_R1), to_half(group_G), None, bits_G, problem.label_C)
 
 
+def integer_grid(
+    weight_RC: torch.Tensor, importance_RC: torch.Tensor, label_C: torch.Tensor, bits_G: tuple[int, ...]
+) -> Grid:
+    """A grid of whole multiples of one scale a (row, group), minimising sum importance * (Q(w) - w)^2.
+
+    The levels (code - 2**(bits - 1)) * s are those of compressed-tensors, GPTQ and GGUF, so such a grid can be
+    exported as it is, and zero is one of them. There is one level more on one side: a negative scale puts it on
+    the side that gains more. Scales are exact in float16 and in bfloat16. importance_RC as in `symmetric_grid`.
+    """
+    half_G = torch.tensor([(2.0**bits - 1) / 2 for bits in bits_G], dtype=weight_RC.dtype, device=weight_RC.device)
+    problem = _ScaleSearch(weight_RC, importance_RC, label_C, half_G, whole=True)
+    scale_RG = problem.best_RG(problem.widest_RG() / half_G, torch.cat([SHRINKS, -SHRINKS]), stored_shared)
+    scale_RG = problem.best_RG(scale_RG, FINE, stored_shared)
+    zero_1G = torch.tensor([[2 ** (bits - 1) for bits in bits_G]], dtype=torch.uint8, device=weight_RC.device)
+    return Grid(scale_RG.to(torch.float16), None, zero_1G, bits_G, problem.label_C)
+
+
 def group_errors(
-    weight_RC: torch.Tensor, importance_RC: torch.Tensor, label_C: torch.Tensor, groups: int, bits: int
+    weight_RC: torch.Tensor,
+    importance_RC: torch.Tensor,
+    label_C: torch.Tensor,
+    groups: int,
+    bits: int,
+    whole: bool = False,
 ) -> torch.Tensor:
     """Sum of importance * (Q(w) - w)^2 by group (G,) at `bits`, every (row, group) at its best scale.
 
     What a group loses at a width, for allocating bits: it is only compared between groups and widths, so a
-    coarse search without the rank-one constraint is enough.
+    coarse search without the rank-one constraint is enough. `whole`: on the levels of `integer_grid`.
     """
-    problem = _ScaleSearch(weight_RC, importance_RC, label_C, weight_RC.new_full((groups,), (2.0**bits - 1) / 2))
+    half_G = weight_RC.new_full((groups,), (2.0**bits - 1) / 2)
+    problem = _ScaleSearch(weight_RC, importance_RC, label_C, half_G, whole)
     widest_RG = problem.widest_RG() / problem.half_G
     errors = torch.stack([problem.error_RG(widest_RG * shrink) for shrink in SHRINKS[::2].tolist()])
     return errors.amin(0).sum(0, dtype=torch.float64)
 
 
 class _ScaleSearch:
-    """Weighted quantization error of every (row, group) at candidate scales."""
+    """Weighted quantization error of every (row, group) at candidate scales.
+
+    The levels of group g are the half-integers from -half_G[g] to half_G[g]; `whole`: the integers half a step below.
+    """
 
     def __init__(
-        self, weight_RC: torch.Tensor, importance_RC: torch.Tensor, label_C: torch.Tensor, half_G: torch.Tensor
+        self,
+        weight_RC: torch.Tensor,
+        importance_RC: torch.Tensor,
+        label_C: torch.Tensor,
+        half_G: torch.Tensor,
+        whole: bool = False,
     ) -> None:
         self.weight_RC, self.importance_RC, self.half_G = weight_RC, importance_RC, half_G
         self.label_C = label_C.to(weight_RC.device)
-        self.half_C = half_G[self.label_C]
+        step = 0.5 if whole else 0.0
+        self.offset = 0.5 - step  # of the levels from the integers
+        self.low_C, self.high_C = (-half_G - step)[self.label_C], (half_G - step)[self.label_C]
 
     def _by_group(self, values_RC: torch.Tensor) -> torch.Tensor:
         if len(self.half_G) == 1:
@@ -175,14 +220,19 @@ class _ScaleSearch:
 
     def error_RG(self, scale_RG: torch.Tensor) -> torch.Tensor:
         scale_RC = scale_RG[:, self.label_C] if scale_RG.shape[1] > 1 else scale_RG
-        level_RC = (self.weight_RC / scale_RC).sub_(0.5).round_().add_(0.5)
-        level_RC = torch.minimum(torch.maximum(level_RC, -self.half_C), self.half_C)
+        level_RC = (self.weight_RC / scale_RC).sub_(self.offset).round_().add_(self.offset)
+        level_RC = torch.minimum(torch.maximum(level_RC, self.low_C), self.high_C)
         return self._by_group(level_RC.mul_(scale_RC).sub_(self.weight_RC).square_().mul_(self.importance_RC))
 
-    def best_RG(self, scale_RG: torch.Tensor, candidates_K: torch.Tensor) -> torch.Tensor:
-        """Scale of every (row, group) times its best candidate factor."""
-        errors = torch.stack([self.error_RG(scale_RG * k) for k in candidates_K.tolist()])
-        return scale_RG * candidates_K.to(scale_RG)[errors.argmin(0)]
+    def best_RG(
+        self,
+        scale_RG: torch.Tensor,
+        candidates_K: torch.Tensor,
+        store: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.clone,
+    ) -> torch.Tensor:
+        """Scale of every (row, group) times its best candidate factor, every candidate rounded by `store`."""
+        errors = torch.stack([self.error_RG(store(scale_RG * k)) for k in candidates_K.tolist()])
+        return store(scale_RG * candidates_K.to(scale_RG)[errors.argmin(0)])
 
     def best_rows(self, row_R1: torch.Tensor, group_G: torch.Tensor, candidates_K: torch.Tensor) -> torch.Tensor:
         """Row scales times their best factors, every candidate rounded as it would be stored."""
