@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mico.packed.bits import levels, pattern_width, stream_bits
+
 SCALE_BITS = 16
 GROUP_HEADER_BITS = 8  # the bit width of one group
 
@@ -19,8 +21,8 @@ class QuantizedWeight:
         quantized: bits 16); 0 where not kept.
     row_scale_RG: float16, (R, G), or (R, 1) when factored; group_scale_G: float16 when factored, else None.
     zero_RG: uint8 codes of zero, (R, G), or (1, G) when all rows share them and they are stored once; None: the
-        middle of the grid, (2**b - 1) / 2, which costs nothing.
-    bits_G: code width per group; label_C: group of each channel; keep_RC: surviving weights (None: all);
+        middle of the grid, (levels - 1) / 2, which costs nothing.
+    bits_G: code width per group, 1 to 8, TERNARY (three levels), or 16; label_C: group of each channel; keep_RC: surviving weights (None: all);
     pattern: (n, m) when every m consecutive channels keep exactly n.
     """
 
@@ -28,7 +30,7 @@ class QuantizedWeight:
     row_scale_RG: torch.Tensor
     group_scale_G: torch.Tensor | None
     zero_RG: torch.Tensor | None
-    bits_G: tuple[int, ...]
+    bits_G: tuple[float, ...]
     label_C: torch.Tensor
     keep_RC: torch.Tensor | None = None
     pattern: tuple[int, int] | None = None
@@ -45,11 +47,13 @@ class QuantizedWeight:
         if self.group_scale_G is not None:
             scale_RG = scale_RG * self.group_scale_G.float()
         if self.zero_RG is None:
-            zero_1G = torch.tensor([[(2**b - 1) / 2 for b in self.bits_G]])
+            zero_1G = torch.tensor([[(levels(b) - 1) / 2 for b in self.bits_G]])
             zero_RG = zero_1G.to(scale_RG.device).expand_as(scale_RG)
         else:
             zero_RG = self.zero_RG.float()
-        weight_RC = scale_RG[:, self.label_C] * (self.codes_RC.float() - zero_RG[:, self.label_C])
+        if len(self.bits_G) > 1:
+            scale_RG, zero_RG = (values.index_select(1, self.label_C) for values in (scale_RG, zero_RG))
+        weight_RC = scale_RG * (self.codes_RC.float() - zero_RG)
         if self.keep_RC is not None:
             weight_RC = weight_RC * self.keep_RC
         return weight_RC.to(dtype)
@@ -62,12 +66,11 @@ class QuantizedWeight:
 
     def stored_bits(self) -> dict[str, int]:
         """Bits on disk by part: codes, scales, zeros, widths, mask. `label_bits` counts a stream's channel labels."""
-        bits_G = torch.tensor(self.bits_G)
-        codes = int((self.kept_G() * bits_G).sum())
+        codes = sum(stream_bits(kept, bits) for kept, bits in zip(self.kept_G().tolist(), self.bits_G, strict=True))
         if not self.quantized:
             return dict(codes=codes, scales=0, zeros=0, widths=0, mask=self._mask_bits())
         scales = SCALE_BITS * (self.row_scale_RG.numel() + (0 if self.group_scale_G is None else len(self.bits_G)))
-        zeros = 0 if self.zero_RG is None else int(bits_G.sum()) * len(self.zero_RG)
+        zeros = 0 if self.zero_RG is None else sum(stream_bits(len(self.zero_RG), bits) for bits in self.bits_G)
         widths = 0 if len(set(self.bits_G)) == 1 else GROUP_HEADER_BITS * len(self.bits_G)
         return dict(codes=codes, scales=scales, zeros=zeros, widths=widths, mask=self._mask_bits())
 
@@ -77,18 +80,24 @@ class QuantizedWeight:
         if self.pattern is None:
             return self.keep_RC.numel()
         n, m = self.pattern
-        return self.keep_RC.numel() // m * math.ceil(math.log2(math.comb(m, n)))
+        return self.keep_RC.numel() // m * pattern_width(n, m)
+
+
+def equal_runs(channels: int, groups: int) -> torch.Tensor:
+    """Labels of `groups` runs of consecutive channels, equal but for the last: they need not be stored."""
+    return torch.arange(channels) // math.ceil(channels / max(groups, 1))
+
+
+def is_equal_runs(label_C: torch.Tensor, groups: int) -> bool:
+    return torch.equal(label_C.cpu(), equal_runs(len(label_C), groups))
+
+
+def label_width(groups: int) -> int:
+    """Bits of the label of one channel."""
+    return max(1, math.ceil(math.log2(groups)))
 
 
 def label_bits(label_C: torch.Tensor) -> int:
-    """Bits of one stream's channel labels, which fix its order (original order inside a group).
-
-    Sorted labels are the group sizes alone (16 bits each); equal contiguous groups follow from their number.
-    """
+    """Bits of one stream's channel labels, which fix its order (original order inside a group)."""
     groups = int(label_C.max()) + 1
-    if groups == 1:
-        return 0
-    if bool((label_C[1:] >= label_C[:-1]).all()):
-        sizes_G = torch.bincount(label_C)
-        return 0 if len(set(sizes_G[:-1].tolist())) == 1 and sizes_G[-1] <= sizes_G[0] else 16 * groups
-    return len(label_C) * math.ceil(math.log2(groups))
+    return 0 if is_equal_runs(label_C, groups) else len(label_C) * label_width(groups)

@@ -1,0 +1,238 @@
+"""The transformers plugin: `from_pretrained` on a packed checkpoint builds packed modules.
+
+Without it transformers only warns about the unknown method "mico" and then fails, as no dense weight is 1-D. This
+file and those it imports are also shipped inside every checkpoint, joined to one (mico/packed/bundle.py), so that
+`trust_remote_code=True` loads it where mico is not installed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mico.packed.linear import PackedEmbedding, PackedLinear
+
+METHOD = "mico"
+LAYOUT_VERSION = 1
+SHIPPED = "modeling_mico.py"  # this code inside a checkpoint
+
+
+class MicoConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed checkpoint: layouts lie in the weights themselves.
+
+    streams: paths inside a block of the Linears that share channel labels; the first of each holds them.
+    """
+
+    def __init__(self, version: int = LAYOUT_VERSION, streams: Iterable[Iterable[str]] = (), **_: Any) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.version = version
+        self.streams = [list(stream) for stream in streams]
+        if version != LAYOUT_VERSION:
+            raise ValueError(f"quantization_config: mico layout {version}, this code reads {LAYOUT_VERSION}: update it")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(quant_method=METHOD, version=self.version, streams=self.streams)
+
+    def leader(self, name: str) -> str:
+        """The Linear that holds the channel labels of `name`; `name` itself where it shares them with none."""
+        for first, *others in self.streams:
+            for path in others:
+                if name.endswith(f".{path}"):
+                    return name[: -len(path)] + first
+        return name
+
+
+class MicoQuantizer(HfQuantizer):
+    """Swaps packed modules in before weights are loaded, and hands out shared labels afterwards."""
+
+    requires_calibration = True
+    quantization_config: MicoConfig
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> Any:
+        if not checkpoint_files:
+            raise ValueError("a packed model is loaded from its safetensors files, give its folder")
+        headers = _headers(checkpoint_files)
+        names = dict(_module_names(model, headers))
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        for target, source in tied.items():  # a tied head is stored once, with the embedding
+            if source in names.values() or source.removesuffix(".weight") in names:
+                names.setdefault(target.removesuffix(".weight"), names[source.removesuffix(".weight")])
+        for name, key in names.items():
+            parent, _, last = name.rpartition(".")
+            old = model.get_submodule(name)
+            setattr(model.get_submodule(parent), last, _packed_module(old, headers, key, name))
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        share_labels(model, self.quantization_config)
+        model.__class__ = packed_class(type(model))
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        return unpacked(model, dtype or model.dtype)
+
+    def is_serializable(self, **_: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _headers(files: Iterable[str]) -> dict[str, tuple[str, list[int]]]:
+    """Dtype and shape of every tensor of safetensors files, from their first bytes alone."""
+    found = {}
+    for file in files:
+        with open(file, "rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size))
+        found |= {key: (entry["dtype"], entry["shape"]) for key, entry in header.items() if key != "__metadata__"}
+    return found
+
+
+def _module_names(model: Any, headers: dict[str, tuple[str, list[int]]]) -> Iterable[tuple[str, str]]:
+    """(module, key) of every packed weight; a base model is loaded from the keys of a model with a head."""
+    prefix = f"{model.base_model_prefix}."
+    for key, (dtype, shape) in headers.items():
+        if dtype != "U8" or len(shape) != 1 or not key.endswith(".weight"):
+            continue
+        name = key.removesuffix(".weight")
+        for candidate in (name, name.removeprefix(prefix), prefix + name):
+            try:
+                model.get_submodule(candidate)
+            except AttributeError:
+                continue
+            yield candidate, key
+            break
+
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _packed_module(old: nn.Module, headers: dict[str, tuple[str, list[int]]], key: str, name: str) -> nn.Module:
+    size = headers[key][1][0]
+    if isinstance(old, nn.Embedding):
+        return PackedEmbedding(old.num_embeddings, old.embedding_dim, size, old.weight.dtype, old.weight.device)
+    if not isinstance(old, nn.Linear):
+        raise ValueError(f"{name}: a packed weight for a {type(old).__name__}; Linears and Embeddings can be packed")
+    bias = None
+    if old.bias is not None:
+        stored = headers.get(f"{key.removesuffix('.weight')}.bias")
+        bias = torch.empty_like(old.bias, dtype=_DTYPES[stored[0]] if stored else old.bias.dtype)
+    return PackedLinear(old.in_features, old.out_features, size, bias, old.weight.device)
+
+
+def share_labels(model: nn.Module, config: MicoConfig) -> None:
+    """Check every blob against its module, and give Linears the labels that they borrow.
+
+    Raises ValueError naming the module whose blob is damaged or of another shape.
+    """
+    labels: dict[str, torch.Tensor] = {}
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if not isinstance(module, (PackedLinear, PackedEmbedding)) or module.weight.is_meta:
+            continue
+        shape = module.out_features, module.in_features
+        try:
+            head = module.header()
+        except ValueError as error:
+            raise ValueError(f"{name}.weight: {error}") from None
+        if (head.rows, head.channels) != shape:
+            raise ValueError(f"{name}.weight: packed {head.rows} x {head.channels}, the model has {shape[0]} x {shape[1]}")
+        leader = config.leader(name)
+        if head.borrows and leader != name:
+            if leader not in labels:
+                labels[leader] = modules[leader].quantized().label_C  # type: ignore[operator]
+            module.label_C = labels[leader].to(module.weight.device)
+
+
+def unpacked(model: Any, dtype: torch.dtype) -> Any:
+    """The model with dense Linears and embeddings in place of packed ones, tied as before."""
+    dense: dict[int, nn.Parameter] = {}
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, (PackedLinear, PackedEmbedding)):
+            continue
+        parameter = dense.setdefault(
+            module.weight.data_ptr(), nn.Parameter(module.dense(dtype), requires_grad=False)
+        )
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, _dense_module(module, parameter, dtype))
+    own = type(model)
+    if issubclass(own, PackedModel):
+        model.__class__ = own.__mro__[2]
+    if getattr(model.config, "auto_map", None):
+        del model.config.auto_map
+    return model
+
+
+def _dense_module(module: Any, weight: nn.Parameter, dtype: torch.dtype) -> nn.Module:
+    if isinstance(module, PackedEmbedding):
+        embedding = nn.Embedding(module.num_embeddings, module.embedding_dim, device="meta")
+        embedding.weight = weight
+        return embedding
+    linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+    linear.weight = weight
+    if module.bias is not None:
+        linear.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
+    return linear
+
+
+# --- model classes --------------------------------------------------------------------------------------------------
+
+
+class PackedModel:
+    """Mixed into the class of a packed model: a saved folder again holds the code that loads it."""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> Any:
+        """As the class below; also writes modeling_mico.py."""
+        result = super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]
+        (Path(save_directory) / SHIPPED).write_text(shipped_source(), encoding="utf-8")
+        return result
+
+
+def shipped_source() -> str:
+    """The text of modeling_mico.py: this file where it is that already, else the join of mico's own files."""
+    if Path(__file__).name == SHIPPED:
+        return Path(__file__).read_text(encoding="utf-8")
+    return import_module("mico.packed.bundle").bundle()
+
+
+_CLASSES: dict[str, type] = {}
+
+
+def packed_class(base: type) -> type:
+    """The class of packed models of a transformers class, of the same name."""
+    if issubclass(base, PackedModel):
+        return base
+    if base.__name__ not in _CLASSES:
+        _CLASSES[base.__name__] = type(base.__name__, (PackedModel, base), {"__module__": __name__})
+    return _CLASSES[base.__name__]
+
+
+def __getattr__(name: str) -> Any:
+    """Classes are made when they are looked up: by `auto_map` and by pickle."""
+    base = getattr(transformers, name, None) if not name.startswith("_") else None
+    if isinstance(base, type) and issubclass(base, transformers.PreTrainedModel):
+        return packed_class(base)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # mico itself, or another checkpoint's copy, may have come first
+    register_quantization_config(METHOD)(MicoConfig)
+    register_quantizer(METHOD)(MicoQuantizer)

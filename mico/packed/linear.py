@@ -1,0 +1,163 @@
+"""Modules that hold a packed weight and compute with it: what replaces nn.Linear and nn.Embedding in a loaded model.
+
+The blob (mico/packed/blob.py) is the only tensor that is saved. What computes is made from it at the first use on a
+device and in a dtype: a kernel for few rows, the dense weight for many, and always the dense weight where no kernel
+is exact enough to replace it (float32) or exists. Suffixes: R rows, C channels, B batch.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from mico.packed.blob import Header, decode, decode_rows
+from mico.packed.cpu import prepare_cpu
+from mico.packed.gpu import available as gpu_available
+from mico.packed.gpu import prepare_gpu
+from mico.packed.quantized import QuantizedWeight
+
+EXECUTIONS = ("auto", "packed", "dense")
+EXECUTION_VARIABLE = "MICO_EXECUTION"
+# Rows of activations up to which the kernel beats a dense product, measured at 4096 x 4096: on a CPU with AVX-512
+# 4-bit digits take 1.9 ms for 8 rows and 3.1 ms for 16, bfloat16 2.4 ms for either; see `mico bench`.
+CROSSOVER = {"cpu": 8, "cuda": 32}
+PATIENCE = 4  # calls of many rows after which the dense weight is kept; as many of few rows let it go again
+
+
+def default_execution() -> str:
+    """How packed modules compute unless told otherwise: $MICO_EXECUTION or auto. Raises ValueError when unknown."""
+    chosen = os.environ.get(EXECUTION_VARIABLE, "auto")
+    if chosen not in EXECUTIONS:
+        raise ValueError(f"{EXECUTION_VARIABLE}={chosen}: choose from {', '.join(EXECUTIONS)}")
+    return chosen
+
+
+class _Packed(nn.Module):
+    """A blob, and the dense weight made from it."""
+
+    weight: torch.Tensor
+    label_C: torch.Tensor | None
+
+    def __init__(self, size: int, device: Any = None) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(size, dtype=torch.uint8, device=device))
+        self.register_buffer("label_C", None, persistent=False)  # given by the stream's first Linear where borrowed
+        self._dense: torch.Tensor | None = None
+
+    def quantized(self) -> QuantizedWeight:
+        """The weight that the blob holds. Raises ValueError when it is damaged."""
+        return decode(self.weight, self.label_C)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The dense weight, (R, C), a new tensor."""
+        return self.quantized().dequantize(dtype)
+
+    def header(self) -> Header:
+        return Header.of(self.weight)
+
+    def forget(self) -> None:
+        """Give up what was made from the blob; it is made again when needed."""
+        self._dense = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.forget()  # the blob moves, or the activations change their dtype
+        return super()._apply(fn, recurse)
+
+    def _kept_dense(self, dtype: torch.dtype) -> torch.Tensor:
+        if self._dense is None or self._dense.dtype != dtype or self._dense.device != self.weight.device:
+            self._dense = self.dense(dtype)
+        return self._dense
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of what was made from the blob."""
+        return 0 if self._dense is None else self._dense.nbytes
+
+
+class PackedLinear(_Packed):
+    """y = x W^T + b with a packed W. The bias keeps the dtype it is stored in.
+
+    execution: 'auto' as described above, 'packed' never keeps a dense weight where there is a kernel, 'dense' always
+    does: bit-equal to the dense model in every dtype.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, size: int, bias: torch.Tensor | None = None, device: Any = None
+    ) -> None:
+        super().__init__(size, device)
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.execution = default_execution()
+        self._kernel: Any = None
+        self._kernel_key: tuple[Any, ...] | None = None
+        self._many = 0  # recent calls of many rows less those of few, between 0 and PATIENCE
+
+    def forget(self) -> None:
+        super().forget()
+        self._kernel, self._kernel_key, self._many = None, None, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., C) -> (..., R)."""
+        if x.shape[-1] == self.in_features and x.numel() and self.execution != "dense":
+            x_BC = x.reshape(-1, self.in_features)
+            kernel = self._kernel_for(x)
+            if kernel is not None and self._few(x_BC):
+                return kernel(x_BC, self.bias).view(*x.shape[:-1], self.out_features)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return functional.linear(x, self._kept_dense(x.dtype), bias)
+
+    def _few(self, x_BC: torch.Tensor) -> bool:
+        """Whether the kernel takes these rows; many of them, again and again, are worth a dense weight."""
+        few = len(x_BC) <= CROSSOVER[x_BC.device.type]
+        self._many = max(0, self._many - 1) if few else min(PATIENCE, self._many + 1)
+        if self._many == 0:
+            self._dense = None
+        return few or self.execution == "packed" or self._many < PATIENCE
+
+    def _kernel_for(self, x: torch.Tensor) -> Any:
+        key = (x.device, x.dtype, self.weight.data_ptr())
+        if self._kernel_key != key:
+            self._kernel, self._kernel_key = prepare(self, x.device, x.dtype), key
+        return self._kernel
+
+    @property
+    def resident_bytes(self) -> int:
+        return super().resident_bytes + (0 if self._kernel is None else self._kernel.nbytes)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bytes={self.weight.numel()}"
+
+
+def prepare(module: PackedLinear, device: torch.device, dtype: torch.dtype) -> Any:
+    """The kernel for activations of a dtype on a device; None where only the dense weight serves."""
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return prepare_cpu(module.quantized())
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and gpu_available():
+        return prepare_gpu(module.quantized(), device, dtype)
+    return None
+
+
+class PackedEmbedding(_Packed):
+    """Rows of a packed table; only the rows asked for are turned into numbers."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, size: int, dtype: torch.dtype, device: Any = None):
+        super().__init__(size, device)
+        self.num_embeddings, self.embedding_dim, self.dtype = num_embeddings, embedding_dim, dtype
+        self.out_features, self.in_features = num_embeddings, embedding_dim  # as a matrix: a row a token
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids (...) -> (..., C) in the model's dtype."""
+        return decode_rows(self.weight, ids.reshape(-1)).dequantize(self.dtype).view(*ids.shape, self.embedding_dim)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        probe = fn(torch.zeros(1, dtype=self.dtype, device="meta" if self.weight.is_meta else "cpu"))
+        if probe.dtype.is_floating_point:
+            self.dtype = probe.dtype  # model.to(torch.bfloat16) reaches what is made here, as it would a parameter
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, bytes={self.weight.numel()}"
