@@ -9,7 +9,7 @@ from __future__ import annotations
 import resource
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,18 @@ import torch
 
 import mico.stages as stages
 from mico.callable import callable_module
+from mico.card import model_card
+from mico.checkpoint import SHARD_SIZE, pack_model, set_execution, write_manifest
 from mico.console import Console
 from mico.data import Windows
 from mico.errors import ContractError, UserError
-from mico.files import read_json
+from mico.files import atomic_write, read_json
 from mico.loading import LoadedModel, describe, quiet
-from mico.packed.quantized import SCALE_BITS
+from mico.packed.linear import PackedLinear
+from mico.packed.quantized import SCALE_BITS, QuantizedWeight
+from mico.packed.table import quantize_table, run_length
 from mico.perplexity import PROTOCOL, default_texts, evaluate_texts, evaluation_sets, parse_texts, protocol_line
+from mico.profiles import PROFILES
 from mico.runs import RunFolder, atomic_json
 from mico.runs import fingerprint as digest
 from mico.settings import Compression, Source, compression_of, record
@@ -33,7 +38,7 @@ from mico.stages import Groups, Preparation, results_root
 from mico.summary import check_writable, flat, write_markdown
 
 callable_module(__name__)
-LAYOUT = 1  # of a run folder and of the algorithms behind its bytes; another number makes older folders unfit
+LAYOUT = 2  # of a run folder and of the algorithms behind its bytes; another number makes older folders unfit
 MODEL = "model"  # the loadable model inside a run folder
 DENSE = "dense.json"  # perplexities of the dense model, kept for a resumed run
 
@@ -56,6 +61,8 @@ def compress(
     group_size: int | None = None,
     percdamp: float = 0.01,
     blocksize: int = 128,
+    profile: str | None = None,
+    embed_bits: int = 16,
     calib: str | None = None,
     nsamples: int = 128,
     seqlen: int | None = None,
@@ -89,6 +96,7 @@ def compress(
         sparsity=sparsity, pattern=pattern, wbits=wbits, target_avg_bits=target_avg_bits, n_groups=n_groups,
         use_mi_grouping=use_mi_grouping, grouping=grouping, mi_method=mi_method, cluster=cluster, method=method,
         arm=arm, allocation=allocation, group_size=group_size, percdamp=percdamp, blocksize=blocksize,
+        profile=profile, embed_bits=embed_bits,
     )  # fmt: skip
     texts = parse_texts(eval if isinstance(eval, str) else ",".join(eval)) if eval is not None else None
     if json is not None:
@@ -137,6 +145,13 @@ def check_shapes(preparation: Preparation, settings: Compression) -> None:
     if settings.pattern and any(width % settings.pattern[1] for width in widths):
         n, m = settings.pattern
         raise UserError(f"--pattern {n}:{m}: the model's input widths {widths} are not multiples of {m}")
+    if settings.profile:
+        heads = config.num_attention_heads
+        attended = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        for width in (*widths, attended):
+            PROFILES[settings.profile].group_size(width, settings.group_size)
+    if settings.embed_bits != 16:
+        run_length(getattr(config, "word_embed_proj_dim", config.hidden_size), settings.embed_bits)
     wanted = settings.grouping.n_groups if settings.grouping else 1
     if isinstance(wanted, int) and wanted > min(widths):
         raise UserError(f"--n-groups {wanted}: more groups than channels, the narrowest stream has {min(widths)}")
@@ -163,32 +178,33 @@ class _Job:
     def run_all(self) -> dict[str, Any]:
         loaded = self.preparation.load()
         architecture = describe(loaded.model, loaded.family)
-        self._check_disk(architecture["parameters"], loaded.dtype)
+        self._check_disk(architecture["parameters"])
         self._announce(architecture)
         dense = self._dense_scores(loaded)
-        if self.settings.grouping is not None and self.settings.wbits != 16:
-            found = stages.statistics(self.preparation, self.statistics)
+        found = stages.statistics(self.preparation, self.statistics) if self.settings.allocates else None
+        made = None
+        if found is not None and self.settings.grouping is not None:
             made = stages.groups(self.preparation, found, self.settings.grouping, self.groups)
-        else:
-            found, made = None, None
+        tables = self._tables(loaded)
         with self.console.stage("compress"):
             solver = Solver(self.preparation, self.settings, self.run, self.console)
             outcome = solver.solve(loaded, found, made)
         with self.console.stage("save"):
-            check = self._save(loaded)
+            check, rest = self._save(loaded, tables)
         dtype, device = loaded.dtype, loaded.device
         self.preparation.forget()
         del loaded  # before the saved model is read back: one model in memory at a time
         compressed = self._compressed_scores(dtype, device, check)
-        report = self._report(architecture, dense, compressed, outcome, solver.overruns, made)
+        report = self._report(architecture, dense, compressed, outcome, solver.overruns, made, rest)
         write_markdown(report, self.run.path / "report.md")
+        self._describe(report)
         self.run.finish(report)
         return report
 
-    def _check_disk(self, parameters: int, dtype: torch.dtype) -> None:
-        """The saved model and the blocks (a code and a mask bit a weight) must fit: told before hours of work."""
+    def _check_disk(self, parameters: int) -> None:
+        """The saved model (at most 16 bits a weight) and the blocks (a code and a mask bit a weight) must fit: told before hours of work."""
         left = 1 - self.run.finished / self.preparation.blocks()
-        needed, free = int(parameters * (dtype.itemsize + 1.2 * left)), shutil.disk_usage(self.run.path).free
+        needed, free = int(parameters * (2 + 1.2 * left)), shutil.disk_usage(self.run.path).free
         if free < needed:
             raise UserError(
                 f"{self.run.path}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed: free some or move --save"
@@ -226,6 +242,7 @@ class _Job:
         with quiet(), self.console.stage("reload"):
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
         model.to(device).eval()
+        set_execution(model, "dense")  # in 16 bits the kernels round otherwise than a dense product
         if not torch.isfinite(check).all():
             raise UserError(f"{folder}: the compressed model's logits hold NaN or Inf in {dtype}: use --dtype float32")
         difference = (_logits(model, self._probe(device)) - check).abs().max()
@@ -238,19 +255,49 @@ class _Job:
 
     # --- output ---
 
-    def _save(self, loaded: LoadedModel) -> torch.Tensor:
-        """Write the dense-format model (values on the grid); return logits to compare the reloaded one with."""
-        model = loaded.model
+    def _tables(self, loaded: LoadedModel) -> dict[str, QuantizedWeight]:
+        """Embedding and head at --embed-bits, their values put in place: the blocks are compressed on what they give."""
+        bits, model = self.settings.embed_bits, loaded.model
+        found: dict[str, QuantizedWeight] = {}
+        if bits == 16:
+            return found
+        ends = {id(module.weight): module for module in (model.get_output_embeddings(), model.get_input_embeddings())}
+        names = {id(module): name for name, module in model.named_modules()}
+        with self.console.stage("embeddings"), torch.no_grad():
+            for module in ends.values():  # tied, they are one: the embedding, which comes last
+                table = quantize_table(module.weight, bits)
+                module.weight.copy_(table.dequantize(module.weight.dtype))
+                found[names[id(module)]] = table
+        return found
+
+    def _save(self, loaded: LoadedModel, tables: dict[str, QuantizedWeight]) -> tuple[torch.Tensor, int]:
+        """Write the packed model; return logits to compare the reloaded one with, and the bytes outside the Linears."""
+        model, family = loaded.model, loaded.family
         logits = _logits(model, self._probe(loaded.device))
         model.config.use_cache = True
+
+        def parts() -> Iterator[dict[str, QuantizedWeight]]:
+            yield tables
+            for index in range(self.preparation.blocks()):
+                layers = self.run.read_block(index)[0]
+                yield {f"{family.blocks}.{index}.{path}": quantized for path, quantized in layers.items()}
+
+        pack_model(model, family, parts(), getattr(self.preparation.config, "dtype", None) or loaded.dtype)
         with self.run.publish() as staging, quiet():
-            model.save_pretrained(staging / MODEL)
+            model.save_pretrained(staging / MODEL, max_shard_size=SHARD_SIZE)
             loaded.tokenizer.save_pretrained(staging / MODEL)
-        return logits
+        return logits, _rest_bytes(model)
+
+    def _describe(self, report: dict[str, Any]) -> None:
+        """Model card and manifest of the checkpoint, written when its figures are known."""
+        folder = self.run.path / MODEL
+        atomic_write(folder / "README.md", model_card(report).encode())
+        facts = {name: report["size"][name] for name in ("true_bits", "nominal_bits", "sparsity", "stored_bits")}
+        write_manifest(folder, dict(base_model=report["model"], settings=report["settings"], **facts))
 
     def _report(
         self, architecture: dict[str, Any], dense: dict[str, Any], compressed: dict[str, Any],
-        layers: list[dict[str, Any]], overruns: list[str], made: Groups | None,
+        layers: list[dict[str, Any]], overruns: list[str], made: Groups | None, rest: int,
     ) -> dict[str, Any]:  # fmt: skip
         fallbacks = [dict(layer=line["layer"], what=what) for line in layers for what in line["fallbacks"]]
         fallbacks += [dict(layer="budget", what=what) for what in overruns]
@@ -265,7 +312,7 @@ class _Job:
             model=self.preparation.source.model, arm=self.arm, architecture=architecture,
             settings=record(self.settings), calibration=self.preparation.windows.describe(),
             identity=self.preparation.identity, protocol=PROTOCOL, dense=dense, compressed=compressed,
-            size=self._size(architecture, layers), layers=layers, groups=diagnostics, fallbacks=fallbacks,
+            size=self._size(architecture, layers, rest), layers=layers, groups=diagnostics, fallbacks=fallbacks,
             seconds={name: round(value, 3) for name, value in self.console.so_far().items()},
             reused_seconds=self.console.reused, resumed_blocks=self.resumed,
             environment_changes=self.run.environment_changes,
@@ -273,19 +320,28 @@ class _Job:
             environment=self.run.environment, command=sys.argv, folder=str(self.run.path),
         )  # fmt: skip
 
-    def _size(self, architecture: dict[str, Any], layers: list[dict[str, Any]]) -> dict[str, Any]:
+    def _size(self, architecture: dict[str, Any], layers: list[dict[str, Any]], rest: int) -> dict[str, Any]:
         weights = sum(line["weights"] for line in layers)
         kept, codes = sum(line["kept"] for line in layers), sum(line["stored"]["codes"] for line in layers)
         stored = sum(sum(line["stored"].values()) for line in layers)
-        biases = sum(line["stored"]["bias"] for line in layers) // SCALE_BITS  # counted in `stored` already
-        rest = architecture["parameters"] - weights - biases
         files = (self.run.path / MODEL).glob("*.safetensors")
         return dict(
             weights=weights, share_compressed=weights / architecture["parameters"], sparsity=1 - kept / weights,
             nominal_bits=codes / kept, true_bits=stored / weights, stored_bits=stored,
-            packed_bytes=stored // 8 + 2 * rest, dense_bytes=2 * architecture["parameters"],
+            packed_bytes=stored // 8 + rest, dense_bytes=2 * architecture["parameters"],
             bytes=sum(file.stat().st_size for file in files),
         )  # fmt: skip
+
+
+def _rest_bytes(model: Any) -> int:
+    """Bytes of all stored tensors but the packed Linears and their biases; a tied head is stored once."""
+    linears = {
+        id(tensor)
+        for name, module in model.named_modules() if isinstance(module, PackedLinear)
+        for tensor in (module.weight, module.bias) if module is not model.get_output_embeddings()
+    }  # fmt: skip
+    unique = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if id(tensor) not in linears}
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in unique.values()}.values())
 
 
 class _Steps:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mico.profiles import PROFILES
 from mico.settings import ALLOCATIONS, ARMS, CLUSTERINGS, GROUPINGS, METHOD_NAMES, MI_METHODS
 
 _DATA, _COMPRESSION, _GROUPS, _RUN = "Model and data", "Compression", "Channel groups", "Run"
@@ -65,7 +66,7 @@ Sparsity = Annotated[
     float | None,
     _option(
         _COMPRESSION, "--sparsity", help="Share of the weights to prune.",
-        show_default="0.5; 0 with --pattern, gptq or rtn",
+        show_default="0.5; 0 with --pattern, --profile, gptq or rtn",
     ),
 ]  # fmt: skip
 Pattern = Annotated[str | None, _option(_COMPRESSION, "--pattern", metavar="N:M", help="Keep n of every m, as 2:4.")]
@@ -96,8 +97,18 @@ Allocation = Annotated[
 ]  # fmt: skip
 GroupSize = Annotated[
     int | None,
-    _option(_COMPRESSION, "--group-size", help="Consecutive channels that share a scale.", show_default="a whole row"),
-]
+    _option(
+        _COMPRESSION, "--group-size", help="Consecutive channels that share a scale.",
+        show_default="a whole row; 128 with --profile vllm, 32 with gguf",
+    ),
+]  # fmt: skip
+Profile = Annotated[
+    str | None,
+    _choice(
+        _COMPRESSION, "--profile", tuple(PROFILES),
+        "Only grids and groups that mico export can write exactly for this target.",
+    ),
+]  # fmt: skip
 Percdamp = Annotated[float, _option(_COMPRESSION, "--percdamp", help="Damping, as a share of the mean diagonal.")]
 Blocksize = Annotated[int, _option(_COMPRESSION, "--blocksize", help="Columns swept between two updates.")]
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mico.errors import UserError
+from mico.profiles import PROFILES
 
 METHOD_NAMES = ("mico", "sparsegpt", "gptq", "wanda", "rtn")
 ARMS = ("original", "enhanced", "mi")
@@ -15,6 +16,7 @@ MI_METHODS = ("gaussian", "copula", "histogram", "knn")
 CLUSTERINGS = ("spectral", "hierarchical", "kmeans")
 GROUPINGS = ("mi", "importance", "random", "range", "alpha")
 ALLOCATIONS = ("rate", "thresholds")
+EMBED_BITS = (4, 8, 16)
 AVERAGE_BITS = (2.0, 8.0)  # the range that mixed widths can reach: groups of 2 to 8 bits
 
 
@@ -72,7 +74,10 @@ class Grouping:
 
 @dataclass(frozen=True)
 class Compression:
-    """What to do with the weights. `grouping` None: one scale group a row (or contiguous --group-size ones)."""
+    """What to do with the weights. `grouping` None: one scale group a row (or contiguous --group-size ones).
+
+    profile: a name of PROFILES, whose grids and groups the weights then have.
+    """
 
     method: str = "mico"
     sparsity: float = 0.0
@@ -84,6 +89,13 @@ class Compression:
     allocation: str = "rate"
     percdamp: float = 0.01
     blocksize: int = 128
+    embed_bits: int = 16
+    profile: str | None = None
+
+    @property
+    def allocates(self) -> bool:
+        """Whether groups or Linears get different widths, by the statistics of the dense model."""
+        return self.wbits != 16 and (self.grouping is not None or self.target_avg_bits is not None)
 
     def __post_init__(self) -> None:
         choose("--method", self.method, METHOD_NAMES)
@@ -99,17 +111,22 @@ class Compression:
             raise UserError(f"--group-size {self.group_size}: must be at least 1")
         if self.group_size is not None and self.grouping is not None:
             raise UserError(f"--group-size {self.group_size} and channel groups exclude each other: --no-mi-grouping")
-        if self.target_avg_bits is not None and self.grouping is None:
+        if self.profile is not None:
+            choose("--profile", self.profile, tuple(PROFILES))
+            PROFILES[self.profile].check(self.wbits, self.target_avg_bits, self.group_size)
+        if self.target_avg_bits is not None and self.grouping is None and self.profile is None:
             if self.wbits == 16:
                 raise UserError(f"--target-avg-bits {self.target_avg_bits} contradicts --wbits 16: leave --wbits out")
             raise UserError(
                 f"--target-avg-bits {self.target_avg_bits} needs channel groups: --method mico or sparsegpt with "
-                "--use-mi-grouping, and no --group-size"
+                "--use-mi-grouping, and no --group-size; or a --profile"
             )
         if self.method == "gptq" and (self.sparsity or self.pattern):
             raise UserError("--method gptq does not prune: use --method sparsegpt or mico, or --sparsity 0")
         if not 0 < self.percdamp < math.inf:
             raise UserError(f"--percdamp {self.percdamp}: must be above 0 and finite")
+        if self.embed_bits not in EMBED_BITS:
+            raise UserError(f"--embed-bits {self.embed_bits}: choose from {', '.join(map(str, EMBED_BITS))}")
         if self.blocksize < 1:
             raise UserError(f"--blocksize {self.blocksize}: must be at least 1")
         if self.pattern and self.blocksize % self.pattern[1]:
@@ -149,6 +166,19 @@ def _refuse_unused(n_groups: int | str, mi_method: str, cluster: str, allocation
             raise UserError(f"{option} has no effect: --method {method} has no channel groups here (--use-mi-grouping)")
 
 
+def _refuse_with_profile(profile: str, given: dict[str, Any]) -> None:
+    """Options about groups and bits that a profile settles itself."""
+    choose("--profile", profile, tuple(PROFILES))
+    for name in ("arm", "use_mi_grouping", "grouping", "n_groups", "mi_method", "cluster"):
+        if given.get(name):
+            raise UserError(
+                f"--{name.replace('_', '-')} contradicts --profile {profile}, whose groups are consecutive channels: "
+                "leave one of them out"
+            )
+    if given["allocation"] not in (None, "rate"):
+        raise UserError(f"--allocation {given['allocation']} contradicts --profile {profile} (rate): leave it out")
+
+
 def compression_of(
     *,
     sparsity: float | None,
@@ -166,6 +196,7 @@ def compression_of(
     group_size: int | None,
     percdamp: float,
     blocksize: int,
+    profile: str | None,
 ) -> Compression:
     """The options of `compress` as one record; None means 'by the arm, else by the method'.
 
@@ -182,9 +213,13 @@ def compression_of(
                 raise UserError(f"--{name} {given[option]} contradicts --arm {arm} ({value}): leave one of them out")
             given[option] = value
     name = given["method"] or "mico"
+    if profile is not None:
+        asked = given | dict(arm=arm, n_groups=n_groups != "auto", mi_method=mi_method != "gaussian")
+        _refuse_with_profile(profile, asked | dict(cluster=cluster != "spectral"))
+        given["use_mi_grouping"] = False
     parsed = parse_pattern(pattern)
     if sparsity is None:
-        sparsity = 0.0 if parsed or name in ("gptq", "rtn") else DEFAULT_SPARSITY
+        sparsity = 0.0 if parsed or profile or name in ("gptq", "rtn") else DEFAULT_SPARSITY
     elif parsed and sparsity != 0 and not math.isclose(sparsity, 1 - parsed[0] / parsed[1], abs_tol=0.005):
         raise UserError(f"--sparsity {sparsity} contradicts --pattern {pattern}: leave --sparsity out")
     wanted = given["grouping"] is not None or given["use_mi_grouping"]
@@ -200,5 +235,5 @@ def compression_of(
     return Compression(
         method=name, sparsity=0.0 if parsed else sparsity, pattern=parsed, wbits=wbits,
         target_avg_bits=target_avg_bits, grouping=groups, group_size=group_size,
-        allocation=given["allocation"] or "rate", percdamp=percdamp, blocksize=blocksize,
+        allocation=given["allocation"] or "rate", percdamp=percdamp, blocksize=blocksize, profile=profile,
     )  # fmt: skip

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from mico.adapters.family import linears_of, lookup
 from mico.channels.allocation import WIDTHS
@@ -18,9 +17,10 @@ from mico.channels.plan import ChannelGroups, LayerPlan
 from mico.console import Console
 from mico.loading import LoadedModel
 from mico.methods import METHODS, PAIRED, Layer, StreamProblem
-from mico.methods.budget import Budget, Demand, demand, factored_bits, plain_bits
+from mico.methods.budget import Budget, Demand, demand, factored_bits, plain_bits, shared
 from mico.methods.sweep import factorize
 from mico.packed.quantized import SCALE_BITS, QuantizedWeight, label_bits
+from mico.profiles import PROFILES, Profile
 from mico.runs import RunFolder
 from mico.settings import Compression
 from mico.stages import Groups, Preparation, Statistics
@@ -51,11 +51,11 @@ class Solver:
     def solve(self, loaded: LoadedModel, found: Statistics | None, made: Groups | None) -> list[dict[str, Any]]:
         """Compress `loaded` in place, block by block; return one record a Linear.
 
-        Blocks that the run folder holds are read instead of solved. Statistics and groups of the dense model are
-        there when the plan has channel groups.
+        Blocks that the run folder holds are read instead of solved. Statistics of the dense model are there when
+        widths are allocated, groups when the plan has channel groups.
         """
         run, records = self.run, []
-        budget = self._budget(loaded, found, made) if found is not None and made is not None else None
+        budget = self._budget(loaded, found, made) if found is not None else None
         if run.finished:
             self.console.note(f"compress: {run.finished} blocks were finished, going on after them")
         paired = self.settings.method in PAIRED
@@ -73,16 +73,37 @@ class Solver:
                 records += finished.records
                 advance(f"block {block.index}, error {max(record['error'] for record in finished.records):.3g}")
         if budget is not None and budget.missed_by > 0.01:
-            self.overruns.append(f"the code bits miss their target by {budget.missed_by:.3f} bits a kept weight")
+            missed = f"the code bits miss their target by {budget.missed_by:.3f} bits a kept weight"
+            if self._profile is None or budget.exceeded:
+                self.overruns.append(missed)
+            else:  # sets of Linears take whole bits together: what is left was too little for any of them
+                self.console.note(missed)
         return records
 
     def _restore(self, block: Block, budget: Budget | None) -> Finished:
         finished = Finished(*self.run.read_block(block.index))
         for path, quantized in finished.layers.items():
             block.replace(path, quantized, finished.biases.get(path))
-            if budget is not None:
-                budget.spend(block.name_of(path), quantized)
+        if budget is not None:
+            for stream in block.streams:
+                self._spend(budget, block, stream, finished.layers)
         return finished
+
+    @property
+    def _profile(self) -> Profile | None:
+        return None if self.settings.profile is None else PROFILES[self.settings.profile]
+
+    def _account(self, index: int, stream: str, path: str) -> str:
+        """The name by which the budget knows a Linear of a block: its own, or that of all that share its width."""
+        return f"{index}.{stream if self._profile is not None and self._profile.fused else path}"
+
+    def _spend(self, budget: Budget, block: Block, stream: str, layers: dict[str, QuantizedWeight]) -> None:
+        """Charge the finished Linears of one stream to their accounts."""
+        accounts: dict[str, list[QuantizedWeight]] = {}
+        for path in block.streams[stream]:
+            accounts.setdefault(self._account(block.index, stream, path), []).append(layers[path])
+        for name, finished in accounts.items():
+            budget.spend(name, *finished)
 
     def _compress(self, block: Block, labels: dict[str, ChannelGroups], budget: Budget | None) -> Finished:
         """Compress the streams of a block in dependency order; paired methods measure each after the one before."""
@@ -91,39 +112,43 @@ class Solver:
         paired_method = settings.method in PAIRED
         new_meter = lambda channels: SecondMoments.empty(channels, device)  # noqa: E731
         meters = {} if paired_method else block.measure(new_meter, tuple(block.streams))
-        for stream, linears in block.streams.items():
+        for stream in block.streams:
             paired = block.measure_paired(stream) if paired_method else None
             moments = paired.total if paired is not None else meters[stream]
-            layers = self._layers(block, linears, labels.get(stream), budget)
+            layers = self._layers(block, stream, labels.get(stream), budget)
             problem = StreamProblem(layers, moments, paired, settings.percdamp, settings.blocksize)
             for layer, result in zip(layers, METHODS[settings.method](problem), strict=True):
                 block.replace(layer.name, result.quantized, result.bias_R)
                 finished.layers[layer.name] = result.quantized
                 if result.bias_R is not None:
                     finished.biases[layer.name] = result.bias_R
-                if budget is not None:
-                    budget.spend(block.name_of(layer.name), result.quantized)
                 record = layer_record(block, stream, layer, result.quantized, first=layer is layers[0])
                 finished.records.append(record | result.facts | {"fallbacks": list(result.fallbacks)})
                 self.console.note(
                     f"{record['layer']}: {record['bits_per_weight']:.2f} bits, error {result.facts['error']:.3g}", 1
                 )
+            if budget is not None:
+                self._spend(budget, block, stream, finished.layers)
         return finished
 
     def _layers(
-        self, block: Block, linears: dict[str, nn.Linear], groups: ChannelGroups | None, budget: Budget | None
+        self, block: Block, stream: str, groups: ChannelGroups | None, budget: Budget | None
     ) -> tuple[Layer, ...]:
-        names = {path: block.name_of(path) for path in linears}
+        names = {path: self._account(block.index, stream, path) for path in block.streams[stream]}
         widths = budget.widths(list(names.values())) if budget is not None else {}
         found = []
-        for path, linear in linears.items():
+        for path, linear in block.streams[stream].items():
             bias_R = None if linear.bias is None else linear.bias.detach().clone()
             plan = self._plan(linear.in_features, groups, widths.get(names[path]))
             found.append(Layer(path, linear.weight.detach().clone(), bias_R, plan))
         return tuple(found)
 
     def _plan(self, channels: int, groups: ChannelGroups | None, bits_G: tuple[int, ...] | None) -> LayerPlan:
-        settings = self.settings
+        settings, profile = self.settings, self._profile
+        if profile is not None:
+            groups = ChannelGroups.contiguous(channels, profile.group_size(channels, settings.group_size))
+            width = bits_G[0] if bits_G else settings.wbits
+            return LayerPlan(groups, (width,) * groups.count, settings.sparsity, settings.pattern, integer=True)
         if groups is None:
             size = settings.group_size
             groups = ChannelGroups.single(channels) if size is None else ChannelGroups.contiguous(channels, size)
@@ -131,37 +156,42 @@ class Solver:
         factored = settings.wbits != 16 and (settings.method in PAIRED or settings.grouping is not None)
         return LayerPlan(groups, widths, settings.sparsity, settings.pattern, factored)
 
-    def _budget(self, loaded: LoadedModel, found: Statistics, made: Groups) -> Budget:
+    def _budget(self, loaded: LoadedModel, found: Statistics, made: Groups | None) -> Budget:
         """Demands of every Linear, and the bits for codes: the mean asked for, or what plain rows would take.
 
         Without --target-avg-bits the whole stored size may not exceed that of the plain layout at --wbits (one
         scale and zero a row), so that the arms of an ablation compare at equal true bits.
         """
-        settings, demands, code_bits = self.settings, {}, 0.0
+        settings, code_bits = self.settings, 0.0
+        demands: dict[str, list[Demand]] = {}
+        widths = WIDTHS if self._profile is None else self._profile.widths
         with self.console.stage("allocate"), self.console.bar("allocate", self.preparation.blocks()) as advance:
             for index in range(self.preparation.blocks()):
                 module = lookup(loaded.model, f"{loaded.family.blocks}.{index}")
-                labels = made.block(index)[0]
+                labels = made.block(index)[0] if made is not None else {}
                 for stream, (moments, _) in found.block(index).items():
                     row = next(s for s in loaded.family.streams if s.name == stream)
                     hessian_CC = moments.hessian_CC.to(next(module.parameters()).device)
-                    factor, label = factorize(hessian_CC, settings.percdamp), labels[stream]
+                    factor, label = factorize(hessian_CC, settings.percdamp), labels.get(stream)
                     for path, linear in linears_of(module, row).items():
                         weight_RC, plan = linear.weight.detach(), self._plan(linear.in_features, label, None)
                         rates = settings.allocation == "rate"
-                        need = demand(weight_RC, moments.gram_CC, factor, plan, rates)
-                        demands[f"{loaded.family.blocks}.{index}.{path}"] = need
-                        code_bits += self._allowance(weight_RC, need, label.count)
-                    if settings.target_avg_bits is None:
+                        need = demand(weight_RC, moments.gram_CC, factor, plan, rates, widths)
+                        name = self._account(index, stream, path)
+                        demands.setdefault(name, []).append(need)
+                        code_bits += self._allowance(weight_RC, need, plan.groups.count)
+                    if settings.target_avg_bits is None and label is not None:
                         code_bits -= label_bits(label.label_C)
                 advance("")
-        least = WIDTHS[0] * sum(float(need.table.kept_G.sum()) for need in demands.values())
+        needs = demands.values()
+        least = widths[0] * sum(float(need.table.kept_G.sum()) for together in needs for need in together)
         if code_bits < least:
             self.overruns.append(
                 f"--wbits {settings.wbits} leaves no room for scales and labels of groups: "
                 f"{(least - code_bits) / 8 / 1024:.1f} KiB more than the plain layout"
             )
-        return Budget(demands, settings.allocation, max(code_bits, least))
+        one = {name: shared(together) if self._profile else together[0] for name, together in demands.items()}
+        return Budget(one, settings.allocation, max(code_bits, least), widths)
 
     def _allowance(self, weight_RC: torch.Tensor, need: Demand, count: int) -> float:
         kept, wbits = float(need.table.kept_G.sum()), self.settings.wbits

@@ -19,7 +19,7 @@ FLOORS = (  # from the roof to the basement; a room is one top-level file or fol
         | {"solve", "console", "tables", "summary", "callable"},
     ),
     ("ground", {"adapters", "channels", "packed", "data"}),
-    ("basement", {"errors", "settings"}),
+    ("basement", {"errors", "profiles", "settings"}),
 )
 STRANGERS = {"verbs", "ground"}  # rooms of these floors never import one another
 LONGEST_FILE = 450

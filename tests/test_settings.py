@@ -27,7 +27,7 @@ from mico.settings import (
 UNSET: dict[str, Any] = dict(
     sparsity=None, pattern=None, wbits=4, target_avg_bits=None, n_groups="auto", use_mi_grouping=None, grouping=None,
     mi_method="gaussian", cluster="spectral", method=None, arm=None, allocation=None, group_size=None, percdamp=0.01,
-    blocksize=128,
+    blocksize=128, profile=None,
 )  # fmt: skip
 NAN = float("nan")
 

@@ -31,8 +31,15 @@ class Demand:
     importance_G: np.ndarray
 
 
-def demand(weight_RC: torch.Tensor, gram_CC: torch.Tensor, factor: Factor, plan: LayerPlan, rates: bool) -> Demand:
-    """Measure one Linear on the dense model's statistics.
+def demand(
+    weight_RC: torch.Tensor,
+    gram_CC: torch.Tensor,
+    factor: Factor,
+    plan: LayerPlan,
+    rates: bool,
+    widths: tuple[int, ...] = WIDTHS,
+) -> Demand:
+    """Measure one Linear on the dense model's statistics, at each of the `widths` its groups may take.
 
     Distortion of group g at b bits: sum over the likely survivors of (Q_b(w) - w)² / U_ii², the error that the
     sweep cannot push on, as a share of the Linear's output energy tr(W H Wᵀ): a share, because what a block does
@@ -51,14 +58,24 @@ def demand(weight_RC: torch.Tensor, gram_CC: torch.Tensor, factor: Factor, plan:
     kept_G = by_group(keep_RC.sum(0))
     energy_C = gram_CC.diagonal().to(weight_RC.device) * weight_RC.square().sum(0)
     importance_G = by_group(energy_C) / max(float(energy_C.sum()), 1e-30)
-    distortion_GW = np.zeros((groups, len(WIDTHS)))
+    distortion_GW = np.zeros((groups, len(widths)))
     if rates:
         rows = torch.linspace(0, len(weight_RC) - 1, min(SAMPLED_ROWS, len(weight_RC))).long()
         sample_RC, weighing_RC = weight_RC[rows], (cost_C * keep_RC)[rows]
         scale = len(weight_RC) / len(rows) / max(output_energy(weight_RC, gram_CC), 1e-30)
-        for w, bits in enumerate(WIDTHS):
-            distortion_GW[:, w] = group_errors(sample_RC, weighing_RC, label_C, groups, bits).cpu().numpy() * scale
+        for w, bits in enumerate(widths):
+            error_G = group_errors(sample_RC, weighing_RC, label_C, groups, bits, plan.integer)
+            distortion_GW[:, w] = error_G.cpu().numpy() * scale
     return Demand(RateTable(distortion_GW, kept_G), importance_G)
+
+
+def shared(demands: Sequence[Demand]) -> Demand:
+    """Linears that must take one width together, as a Linear of one group."""
+    table = RateTable(
+        sum(need.table.distortion_GW.sum(0, keepdims=True) for need in demands),  # type: ignore[arg-type]
+        np.array([sum(need.table.kept_G.sum() for need in demands)]),
+    )
+    return Demand(table, np.array([sum(need.importance_G.sum() for need in demands)]))
 
 
 def plain_bits(weight_RC: torch.Tensor, wbits: int) -> int:
@@ -72,27 +89,37 @@ def factored_bits(weight_RC: torch.Tensor, groups: int) -> int:
 
 
 class Budget:
-    """Bits for codes that are left, and the Linears that still wait for theirs (in the order of the walk)."""
+    """Bits for codes that are left, and the Linears that still wait for theirs (in the order of the walk).
 
-    def __init__(self, demands: dict[str, Demand], allocation: str, code_bits: float) -> None:
-        self._waiting, self._allocation, self._left = dict(demands), allocation, code_bits
+    A name stands for one Linear, or for the `shared` demand of several.
+    """
+
+    def __init__(
+        self, demands: dict[str, Demand], allocation: str, code_bits: float, widths: tuple[int, ...] = WIDTHS
+    ) -> None:
+        self._waiting, self._allocation, self._left, self._widths = dict(demands), allocation, code_bits, widths
         self._kept = 0
 
     def widths(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
         """Widths of the groups of these Linears, allocated together with all that are still waiting."""
         waiting = list(self._waiting.values())
         if self._allocation == "rate":
-            found = allocate_rate([d.table for d in waiting], self._left)
+            found = allocate_rate([d.table for d in waiting], self._left, self._widths)
         else:
             kept = [d.table.kept_G for d in waiting]
             found = allocate_thresholds([d.importance_G for d in waiting], kept, self._left)
         return {name: bits for name, bits in zip(self._waiting, found, strict=True) if name in names}
 
-    def spend(self, name: str, quantized: QuantizedWeight) -> None:
-        """Take what a finished Linear's codes really cost out of the budget."""
-        self._left -= quantized.stored_bits()["codes"]
-        self._kept += int(quantized.kept_G().sum())
+    def spend(self, name: str, *finished: QuantizedWeight) -> None:
+        """Take what the codes of the finished Linears of a name really cost out of the budget."""
+        for quantized in finished:
+            self._left -= quantized.stored_bits()["codes"]
+            self._kept += int(quantized.kept_G().sum())
         del self._waiting[name]
+
+    @property
+    def exceeded(self) -> bool:
+        return self._left < 0
 
     @property
     def missed_by(self) -> float:
