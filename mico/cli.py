@@ -111,7 +111,7 @@ def compress(
     sparsity: o.Sparsity = None, pattern: o.Pattern = None, wbits: o.Wbits = 4,
     target_avg_bits: o.TargetAvgBits = None, method: o.Method = None, arm: o.Arm = None,
     allocation: o.Allocation = None, group_size: o.GroupSize = None, percdamp: o.Percdamp = 0.01,
-    blocksize: o.Blocksize = 128, profile: o.Profile = None, n_groups: o.NGroups = "auto",
+    blocksize: o.Blocksize = 128, profile: o.Profile = None, embed_bits: o.EmbedBits = 16, n_groups: o.NGroups = "auto",
     use_mi_grouping: o.UseMiGrouping = None,
     grouping: o.Grouping = None, mi_method: o.MiMethod = "gaussian", cluster: o.Cluster = "spectral",
     statistics: o.StatisticsDir = None, groups: o.GroupsDir = None, save: o.Save = None, device: o.Device = "auto",
@@ -128,10 +128,10 @@ def compress(
             model, sparsity=sparsity, pattern=pattern, wbits=wbits, target_avg_bits=target_avg_bits,
             n_groups=_count(n_groups), use_mi_grouping=use_mi_grouping, grouping=grouping, mi_method=mi_method,
             cluster=cluster, method=method, arm=arm, allocation=allocation, group_size=group_size, percdamp=percdamp,
-            blocksize=blocksize, profile=profile, calib=calib, nsamples=nsamples, seqlen=seqlen,
+            blocksize=blocksize, profile=profile, embed_bits=embed_bits, calib=calib, nsamples=nsamples, seqlen=seqlen,
             batch_size=batch_size, seed=seed, device=device, dtype=dtype, eval=eval, save=save, data_dir=data_dir,
-            data_file=data_file, statistics=statistics, groups=groups, offline=offline, trust_remote_code=trust_remote_code,
-            strict=strict, json=json, console=_console(quiet, verbose),
+            data_file=data_file, statistics=statistics, groups=groups, offline=offline,
+            trust_remote_code=trust_remote_code, strict=strict, json=json, console=_console(quiet, verbose),
         )  # fmt: skip
     except ContractError as broken:  # the run is whole: its report is shown before the exit code tells of the contract
         if broken.report is not None:
