@@ -4,12 +4,16 @@
     report = mico.compress("tiny-llama", sparsity=0.5, wbits=4)
 
 The verbs are the commands of the command line with the same option names; each is imported when first used.
+`mico.load(FOLDER)` gives the model of a packed checkpoint; once mico is imported, AutoModelForCausalLM of transformers
+does so too (mico/plugin.py).
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from mico.plugin import load, register_when_needed
 
 if TYPE_CHECKING:
     from mico.calibrate import calibrate
@@ -19,7 +23,9 @@ if TYPE_CHECKING:
     from mico.report import report
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "calibrate", "compress", "evaluate", "mi_group", "report"]
+__all__ = ["__version__", "calibrate", "compress", "evaluate", "load", "mi_group", "report"]
+
+register_when_needed()
 
 
 def __getattr__(name: str) -> Any:

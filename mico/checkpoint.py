@@ -1,10 +1,10 @@
 """Packed checkpoints: a model folder whose Linears are bit-packed, that transformers loads with or without mico.
 
-    config.json          quantization_config mico: the streams whose Linears share channel labels; auto_map
-    model*.safetensors   one 1-D uint8 tensor a packed weight (mico/packed/blob.py), all other tensors as they were
-    modeling_mico.py     the code that loads it, for machines without mico
-    mico_manifest.json   sha256 of the weight files, and what the model is
-    README.md            the model card
+config.json          quantization_config mico: the streams whose Linears share channel labels; auto_map
+model*.safetensors   one 1-D uint8 tensor a packed weight (mico/packed/blob.py), all other tensors as they were
+modeling_mico.py     the code that loads it, for machines without mico
+mico_manifest.json   sha256 of the weight files, and what the model is
+README.md            the model card
 """
 
 from __future__ import annotations
@@ -21,23 +21,16 @@ from mico.errors import UserError
 from mico.files import atomic_json, read_json, sha256_file
 from mico.packed.blob import encode
 from mico.packed.hf import METHOD, SHIPPED, MicoConfig, MicoQuantizer, packed_class, share_labels
-from mico.packed.linear import PackedEmbedding, PackedLinear
+from mico.packed.linear import EXECUTIONS, PackedEmbedding, PackedLinear
 from mico.packed.quantized import QuantizedWeight, is_equal_runs
+from mico.settings import choose
 
 MANIFEST = "mico_manifest.json"
 FORMAT, VERSION = "mico-packed", 1
 SHARD_SIZE = "5GB"
 
 
-def is_packed(config: Mapping[str, Any]) -> bool:
-    """Whether the content of a config.json is that of a packed checkpoint."""
-    quantization = config.get("quantization_config")
-    return isinstance(quantization, Mapping) and quantization.get("quant_method") == METHOD
-
-
-def pack_model(
-    model: Any, family: Family, parts: Iterable[Mapping[str, QuantizedWeight]], dtype: torch.dtype
-) -> None:
+def pack_model(model: Any, family: Family, parts: Iterable[Mapping[str, QuantizedWeight]], dtype: torch.dtype) -> None:
     """Turn a model in memory into the packed one, in place: `save_pretrained` then writes the packed checkpoint.
 
     parts: weights by module name (Linears or embeddings), those of a block together; their values in the model are
@@ -96,12 +89,23 @@ def _packed(
     assert not borrow or torch.equal(weights[leader].label_C.cpu(), quantized.label_C.cpu()), name
     blob = encode(quantized, borrow_labels=borrow)
     if isinstance(old, nn.Embedding):
-        packed: nn.Module = PackedEmbedding(*quantized.codes_RC.shape, len(blob), dtype)
+        packed: nn.Module = PackedEmbedding(old.num_embeddings, old.embedding_dim, len(blob), dtype)
     else:
         bias = None if old.bias is None else exactly(old.bias.detach(), dtype)
         packed = PackedLinear(old.in_features, old.out_features, len(blob), bias)
     packed.weight = blob
     return packed
+
+
+def set_execution(model: nn.Module, execution: str | None) -> None:
+    """Choose how packed modules compute; None leaves what they were made with. Raises UserError when unknown."""
+    if execution is None:
+        return
+    choose("execution", execution, EXECUTIONS)
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.execution = execution
+            module.forget()
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from mico.errors import ContractError, UserError
 from mico.files import atomic_write, read_json
 from mico.loading import LoadedModel, describe, quiet
 from mico.packed.linear import PackedLinear
-from mico.packed.quantized import SCALE_BITS, QuantizedWeight
+from mico.packed.quantized import QuantizedWeight
 from mico.packed.table import quantize_table, run_length
 from mico.perplexity import PROTOCOL, default_texts, evaluate_texts, evaluation_sets, parse_texts, protocol_line
 from mico.profiles import PROFILES
@@ -202,7 +202,7 @@ class _Job:
         return report
 
     def _check_disk(self, parameters: int) -> None:
-        """The saved model (at most 16 bits a weight) and the blocks (a code and a mask bit a weight) must fit: told before hours of work."""
+        """The saved model (at most 16 bits a weight) and the blocks (a code and a mask bit a weight) must fit."""
         left = 1 - self.run.finished / self.preparation.blocks()
         needed, free = int(parameters * (2 + 1.2 * left)), shutil.disk_usage(self.run.path).free
         if free < needed:
@@ -256,12 +256,12 @@ class _Job:
     # --- output ---
 
     def _tables(self, loaded: LoadedModel) -> dict[str, QuantizedWeight]:
-        """Embedding and head at --embed-bits, their values put in place: the blocks are compressed on what they give."""
+        """Embedding and head at --embed-bits, their values put in place: the blocks see what they give."""
         bits, model = self.settings.embed_bits, loaded.model
         found: dict[str, QuantizedWeight] = {}
         if bits == 16:
             return found
-        ends = {id(module.weight): module for module in (model.get_output_embeddings(), model.get_input_embeddings())}
+        ends = {id(end.weight): end for end in (model.get_output_embeddings(), model.get_input_embeddings())}
         names = {id(module): name for name, module in model.named_modules()}
         with self.console.stage("embeddings"), torch.no_grad():
             for module in ends.values():  # tied, they are one: the embedding, which comes last
@@ -271,7 +271,7 @@ class _Job:
         return found
 
     def _save(self, loaded: LoadedModel, tables: dict[str, QuantizedWeight]) -> tuple[torch.Tensor, int]:
-        """Write the packed model; return logits to compare the reloaded one with, and the bytes outside the Linears."""
+        """Write the packed model; return logits to compare the reloaded one with, and bytes outside the Linears."""
         model, family = loaded.model, loaded.family
         logits = _logits(model, self._probe(loaded.device))
         model.config.use_cache = True

@@ -110,6 +110,9 @@ Profile = Annotated[
     ),
 ]  # fmt: skip
 Percdamp = Annotated[float, _option(_COMPRESSION, "--percdamp", help="Damping, as a share of the mean diagonal.")]
+EmbedBits = Annotated[
+    int, _option(_COMPRESSION, "--embed-bits", help="Bits of embedding and output head: 16, 8 or 4.", metavar="N")
+]
 Blocksize = Annotated[int, _option(_COMPRESSION, "--blocksize", help="Columns swept between two updates.")]
 
 # --- channel groups -------------------------------------------------------------------------------------------------

@@ -197,6 +197,7 @@ def compression_of(
     percdamp: float,
     blocksize: int,
     profile: str | None,
+    embed_bits: int,
 ) -> Compression:
     """The options of `compress` as one record; None means 'by the arm, else by the method'.
 
@@ -236,4 +237,5 @@ def compression_of(
         method=name, sparsity=0.0 if parsed else sparsity, pattern=parsed, wbits=wbits,
         target_avg_bits=target_avg_bits, grouping=groups, group_size=group_size,
         allocation=given["allocation"] or "rate", percdamp=percdamp, blocksize=blocksize, profile=profile,
+        embed_bits=embed_bits,
     )  # fmt: skip

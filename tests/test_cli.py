@@ -40,7 +40,7 @@ SURFACE: dict[str, dict[str, Any]] = {
     "compress": {
         "model": None, **SOURCE, **GROUPS, **RUN, "--groups": None, "--use-mi-grouping --no-mi-grouping": None,
         "--sparsity": None, "--pattern": None, "--wbits": 4, "--target-avg-bits": None, "--method": None,
-        "--arm": None, "--allocation": None, "--group-size": None, "--percdamp": 0.01, "--blocksize": 128,
+        "--arm": None, "--allocation": None, "--group-size": None, "--percdamp": 0.01, "--blocksize": 128, "--embed-bits": 16,
         "--profile": None,
         "--eval": None, "--save": None, "--strict": False, "--json": None,
     },

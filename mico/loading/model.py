@@ -13,6 +13,7 @@ from torch import nn
 
 from mico.adapters import family_of, family_row
 from mico.adapters.family import Family, linears_of, lookup
+from mico.checkpoint import verify_checkpoint  # its import also registers the plugin of packed checkpoints
 from mico.errors import UserError
 from mico.loading.names import local_folder, source_of
 from mico.loading.safety import check_folder, check_remote_code, fingerprint, reason, some, tensor_shapes
@@ -55,17 +56,20 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _checked_folder(name: str, weights: bool, offline: bool, trust_remote_code: bool) -> Path:
+def _checked_folder(name: str, weights: bool, offline: bool, trust_remote_code: bool, packed: bool) -> Path:
     folder = local_folder(name, weights=weights, offline=offline, trust_remote_code=trust_remote_code)
-    family_row(check_folder(folder).get("model_type"))
+    family_row(check_folder(folder, packed).get("model_type"))
     if not trust_remote_code:
         check_remote_code(folder)
     return folder
 
 
-def load_config(name: str, *, offline: bool = False, trust_remote_code: bool = False) -> Any:
-    """The transformers config of a model whose family is supported; no weights are fetched or read."""
-    folder = _checked_folder(name, False, offline, trust_remote_code)
+def load_config(name: str, *, offline: bool = False, trust_remote_code: bool = False, packed: bool = False) -> Any:
+    """The transformers config of a model whose family is supported; no weights are fetched or read.
+
+    packed: here and below, accept a checkpoint packed by mico too.
+    """
+    folder = _checked_folder(name, False, offline, trust_remote_code, packed)
     return _config(folder, trust_remote_code)
 
 
@@ -79,9 +83,9 @@ def _config(folder: Path, trust_remote_code: bool) -> Any:
         raise UserError(f"{folder / 'config.json'} describes no valid model: {reason(error)}") from error
 
 
-def load_tokenizer(name: str, *, offline: bool = False, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(name: str, *, offline: bool = False, trust_remote_code: bool = False, packed: bool = False) -> Any:
     """The tokenizer of a model; no weights are fetched or read."""
-    folder = _checked_folder(name, False, offline, trust_remote_code)
+    folder = _checked_folder(name, False, offline, trust_remote_code, packed)
     return _tokenizer(folder, trust_remote_code)
 
 
@@ -127,6 +131,7 @@ def load_model(
     seqlen: int | None = None,
     offline: bool = False,
     trust_remote_code: bool = False,
+    packed: bool = False,
 ) -> LoadedModel:
     """Load a model and its tokenizer. Everything that can be refused without the weights is refused first.
 
@@ -136,12 +141,16 @@ def load_model(
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: choose from auto, {', '.join(DTYPES)}")
     place = pick_device(device)
-    config = load_config(name, offline=offline, trust_remote_code=trust_remote_code)
+    config = load_config(name, offline=offline, trust_remote_code=trust_remote_code, packed=packed)
     family, length = family_of(config), context_length(config, seqlen)
-    folder = _checked_folder(name, True, offline, trust_remote_code)
+    folder = _checked_folder(name, True, offline, trust_remote_code, packed)
     config = _config(folder, trust_remote_code)  # weights can lie in another revision than the one looked at first
     tokenizer = _tokenizer(folder, trust_remote_code)
-    _check_size(folder, config, tensor_shapes(folder), trust_remote_code)
+    shapes = tensor_shapes(folder)
+    if getattr(config, "quantization_config", None):  # sizes are stated by the packed weights, checked as they load
+        verify_checkpoint(folder)
+    else:
+        _check_size(folder, config, shapes, trust_remote_code)
     wanted: Any = DTYPES.get(dtype) or (torch.float32 if place.type == "cpu" else "auto")
     model = _weights(folder, config, wanted, trust_remote_code)
     if family.prepare is not None:

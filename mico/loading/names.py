@@ -40,6 +40,13 @@ def is_reference(name: str) -> bool:
     return path in {(REFERENCE_DIR / reference).resolve() for reference in REFERENCES}
 
 
+def model_in(name: str | Path) -> Path:
+    """The folder that holds config.json: the one named, or `model/` inside a run folder of mico."""
+    path = Path(resolve(str(name))).expanduser()
+    inside = path / "model"
+    return inside if not (path / "config.json").exists() and (inside / "config.json").is_file() else path
+
+
 def local_folder(name: str, *, weights: bool = True, offline: bool = False, trust_remote_code: bool = False) -> Path:
     """The folder of a model on this machine; a hub id is downloaded first (without its weights if not `weights`).
 

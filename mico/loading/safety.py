@@ -21,27 +21,36 @@ _FULL_HASH_LIMIT = 2 * 2**30  # bytes of weights that a fingerprint reads whole
 _CHUNKS, _CHUNK = 64, 2**20  # what it reads of each file of a larger model, besides the header
 _SIZE_LIMITS = {"num_hidden_layers": 10_000, "num_labels": 10_000}  # lists of that length are made on reading a config
 _REFUSED_KEYS = {
-    "quantization_config": "the checkpoint is already quantized: start from the dense model",
+    "quantization_config": "the checkpoint is already quantized: start from the dense model it was made from",
     "transformers_weights": "it redirects the weights to another file: remove the entry",
     "configuration_files": "it redirects the config to another file: remove the entry",
 }
+PACKED_METHOD = "mico"  # quant_method of the checkpoints that mico packs (mico/packed/hf.py)
+PACKED_CODE = "modeling_mico."
 PICKLE_REMEDY = (
     "pickle files (.bin, .pt, .pth) can run code and are not opened: "
     "convert them where you trust them, with transformers' from_pretrained(...).save_pretrained(FOLDER)"
 )
 
 
-def check_folder(folder: Path) -> dict[str, Any]:
+def is_packed(config: dict[str, Any]) -> bool:
+    """Whether the content of a config.json is that of a checkpoint packed by mico."""
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == PACKED_METHOD
+
+
+def check_folder(folder: Path, packed: bool = False) -> dict[str, Any]:
     """Check the links and the config of a model folder and return the config's content.
 
-    Raises UserError naming the link that leads out, the missing or broken file, or the entry that is refused.
+    packed: accept a checkpoint packed by mico too. Raises UserError naming the link that leads out, the missing or
+    broken file, or the entry that is refused.
     """
     for path in folder.iterdir():
         if path.is_symlink():
             _check_inside(folder, path)
     config = _read_json(folder / "config.json", "give the folder of a Hugging Face model")
     for key, why in _REFUSED_KEYS.items():
-        if config.get(key):
+        if config.get(key) and not (packed and is_packed(config)):
             raise UserError(f"{folder / 'config.json'}: '{key}': {why}")
     for key, limit in _SIZE_LIMITS.items():
         value = config.get(key, 1)
@@ -53,9 +62,14 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
 
 def check_remote_code(folder: Path) -> None:
-    """Raise UserError when the config or the tokenizer of a folder asks to run code that comes with the model."""
+    """Raise UserError when the config or the tokenizer of a folder asks to run code that comes with the model.
+
+    The code inside a packed checkpoint is for machines without mico and is not run here.
+    """
     for file in ("config.json", "tokenizer_config.json"):
-        if (folder / file).exists() and _read_json(folder / file, "").get("auto_map"):
+        content = _read_json(folder / file, "") if (folder / file).exists() else {}
+        wanted = content.get("auto_map")
+        if wanted and not (is_packed(content) and all(str(code).startswith(PACKED_CODE) for code in wanted.values())):
             raise UserError(f"{folder / file}: 'auto_map' asks to run the model's own code: pass --trust-remote-code")
 
 

@@ -172,10 +172,8 @@ def decode(blob: torch.Tensor, label_C: torch.Tensor | None = None) -> Quantized
         if head.has(ZEROS):
             zero_RG = torch.stack([reader.numbers(1 if head.has(ROW_ZEROS) else rows, width) for width in widths], 1)
     keep_RC = _mask(head, reader).view(rows, channels) if head.has(MASK) else None
-    if quantized:
-        codes_RC = _codes(head, reader, widths, label_C, keep_RC)
-    else:
-        codes_RC = _values(head, reader, keep_RC)
+    numbers = (head, reader, widths, label_C, keep_RC)
+    codes_RC = _codes(*numbers) if quantized else _values(head, reader, keep_RC)
     if reader.at != len(blob):
         raise ValueError(f"packed weight of {len(blob):,} bytes: {reader.at:,} are expected")
     pattern = (head.n, head.m) if head.m else None
@@ -254,4 +252,3 @@ def _values(head: Header, reader: _Reader, keep_RC: torch.Tensor | None) -> torc
     values_RC = torch.zeros(keep_RC.shape, dtype=head.float_dtype, device=keep_RC.device)
     values_RC[keep_RC] = reader.floats(int(keep_RC.sum()), head.float_dtype)
     return values_RC
-

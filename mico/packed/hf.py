@@ -63,7 +63,7 @@ class MicoQuantizer(HfQuantizer):
     quantization_config: MicoConfig
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, **more: Any
     ) -> Any:
         if not checkpoint_files:
             raise ValueError("a packed model is loaded from its safetensors files, give its folder")
@@ -71,8 +71,9 @@ class MicoQuantizer(HfQuantizer):
         names = dict(_module_names(model, headers))
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         for target, source in tied.items():  # a tied head is stored once, with the embedding
-            if source in names.values() or source.removesuffix(".weight") in names:
-                names.setdefault(target.removesuffix(".weight"), names[source.removesuffix(".weight")])
+            embedding = source.removesuffix(".weight")
+            if embedding in names:
+                names.setdefault(target.removesuffix(".weight"), names[embedding])
         for name, key in names.items():
             parent, _, last = name.rpartition(".")
             old = model.get_submodule(name)
@@ -97,7 +98,7 @@ class MicoQuantizer(HfQuantizer):
 
 def _headers(files: Iterable[str]) -> dict[str, tuple[str, list[int]]]:
     """Dtype and shape of every tensor of safetensors files, from their first bytes alone."""
-    found = {}
+    found: dict[str, tuple[str, list[int]]] = {}
     for file in files:
         with open(file, "rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
@@ -154,7 +155,8 @@ def share_labels(model: nn.Module, config: MicoConfig) -> None:
         except ValueError as error:
             raise ValueError(f"{name}.weight: {error}") from None
         if (head.rows, head.channels) != shape:
-            raise ValueError(f"{name}.weight: packed {head.rows} x {head.channels}, the model has {shape[0]} x {shape[1]}")
+            found = f"{head.rows} x {head.channels}"
+            raise ValueError(f"{name}.weight: packed {found}, the model has {shape[0]} x {shape[1]}")
         leader = config.leader(name)
         if head.borrows and leader != name:
             if leader not in labels:
@@ -168,9 +170,7 @@ def unpacked(model: Any, dtype: torch.dtype) -> Any:
     for name, module in list(model.named_modules()):
         if not isinstance(module, (PackedLinear, PackedEmbedding)):
             continue
-        parameter = dense.setdefault(
-            module.weight.data_ptr(), nn.Parameter(module.dense(dtype), requires_grad=False)
-        )
+        parameter = dense.setdefault(module.weight.data_ptr(), nn.Parameter(module.dense(dtype), requires_grad=False))
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, _dense_module(module, parameter, dtype))
     own = type(model)

@@ -22,8 +22,8 @@ class QuantizedWeight:
     row_scale_RG: float16, (R, G), or (R, 1) when factored; group_scale_G: float16 when factored, else None.
     zero_RG: uint8 codes of zero, (R, G), or (1, G) when all rows share them and they are stored once; None: the
         middle of the grid, (levels - 1) / 2, which costs nothing.
-    bits_G: code width per group, 1 to 8, TERNARY (three levels), or 16; label_C: group of each channel; keep_RC: surviving weights (None: all);
-    pattern: (n, m) when every m consecutive channels keep exactly n.
+    bits_G: code width per group, 1 to 8, TERNARY (three levels), or 16; label_C: group of each channel;
+    keep_RC: surviving weights (None: all); pattern: (n, m) when every m consecutive channels keep exactly n.
     """
 
     codes_RC: torch.Tensor

@@ -13,7 +13,6 @@ from mico.errors import UserError
 from mico.packed.grid import quantize, symmetric_grid
 from mico.packed.quantized import QuantizedWeight, equal_runs
 
-TABLE_BITS = (4, 8, 16)
 LONGEST_RUN = 64  # channels that share a scale below 8 bits
 ROWS_AT_ONCE = 1 << 22  # weights searched at a time, which bounds the memory of the search
 
