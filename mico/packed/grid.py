@@ -16,6 +16,7 @@ from mico.packed.quantized import QuantizedWeight
 TINY = 6e-8  # smallest positive float16: a scale never becomes zero
 LARGEST = 65504.0
 LARGEST_SHARED = 65280.0  # that float16 and bfloat16 both hold
+LEAST_LEVEL = -127  # of whole levels: some kernels take absolute values in 8 bits
 SHRINKS = torch.linspace(1.05, 0.45, 13)  # candidate clipping of the largest weight, coarse pass; 1 is one of them
 SPREADS = (0.2, 0.05)  # half-widths of the finer passes around the factors
 FINE = torch.linspace(0.96, 1.04, 9)  # candidates of a last pass around a scale that stands alone
@@ -23,13 +24,14 @@ FINE = torch.linspace(0.96, 1.04, 9)  # candidates of a last pass around a scale
 
 @dataclass(frozen=True)
 class Grid:
-    """The stored form of a grid: see QuantizedWeight for the fields."""
+    """The stored form of a grid: see QuantizedWeight for the fields. levels_used: codes from 0 on, None: all."""
 
     row_scale_RG: torch.Tensor
     group_scale_G: torch.Tensor | None
     zero_RG: torch.Tensor | None
     bits_G: tuple[int, ...]
     label_C: torch.Tensor
+    levels_used: tuple[int, ...] | None = None
 
     @property
     def scale_RG(self) -> torch.Tensor:
@@ -46,7 +48,8 @@ class Grid:
 
     @property
     def levels_G(self) -> torch.Tensor:
-        return torch.tensor([2.0**bits for bits in self.bits_G], device=self.row_scale_RG.device)
+        counts = self.levels_used or tuple(2**bits for bits in self.bits_G)
+        return torch.tensor(counts, dtype=torch.float32, device=self.row_scale_RG.device)
 
     def nearest(self, weight_RC: torch.Tensor) -> torch.Tensor:
         """The grid point nearest to every weight, (R, C)."""
@@ -149,15 +152,18 @@ def integer_grid(
     """A grid of whole multiples of one scale a (row, group), minimising sum importance * (Q(w) - w)^2.
 
     The levels (code - 2**(bits - 1)) * s are those of compressed-tensors, GPTQ and GGUF, so such a grid can be
-    exported as it is, and zero is one of them. There is one level more on one side: a negative scale puts it on
-    the side that gains more. Scales are exact in float16 and in bfloat16. importance_RC as in `symmetric_grid`.
+    exported as it is, and zero is one of them. There is one level more on one side (not at 8 bits: LEAST_LEVEL); a
+    negative scale puts it on the side that gains more. Scales are exact in float16 and in bfloat16.
+    importance_RC as in `symmetric_grid`.
     """
     half_G = torch.tensor([(2.0**bits - 1) / 2 for bits in bits_G], dtype=weight_RC.dtype, device=weight_RC.device)
     problem = _ScaleSearch(weight_RC, importance_RC, label_C, half_G, whole=True)
     scale_RG = problem.best_RG(problem.widest_RG() / half_G, torch.cat([SHRINKS, -SHRINKS]), stored_shared)
     scale_RG = problem.best_RG(scale_RG, FINE, stored_shared)
-    zero_1G = torch.tensor([[2 ** (bits - 1) for bits in bits_G]], dtype=torch.uint8, device=weight_RC.device)
-    return Grid(scale_RG.to(torch.float16), None, zero_1G, bits_G, problem.label_C)
+    zeros = [min(2 ** (bits - 1), -LEAST_LEVEL) for bits in bits_G]
+    zero_1G = torch.tensor([zeros], dtype=torch.uint8, device=weight_RC.device)
+    used = tuple(zero + 2 ** (bits - 1) for zero, bits in zip(zeros, bits_G, strict=True))
+    return Grid(scale_RG.to(torch.float16), None, zero_1G, bits_G, problem.label_C, used)
 
 
 def group_errors(
@@ -183,7 +189,8 @@ def group_errors(
 class _ScaleSearch:
     """Weighted quantization error of every (row, group) at candidate scales.
 
-    The levels of group g are the half-integers from -half_G[g] to half_G[g]; `whole`: the integers half a step below.
+    The levels of group g are the half-integers from -half_G[g] to half_G[g]; `whole`: the integers half a step below,
+    down to LEAST_LEVEL.
     """
 
     def __init__(
@@ -198,7 +205,8 @@ class _ScaleSearch:
         self.label_C = label_C.to(weight_RC.device)
         step = 0.5 if whole else 0.0
         self.offset = 0.5 - step  # of the levels from the integers
-        self.low_C, self.high_C = (-half_G - step)[self.label_C], (half_G - step)[self.label_C]
+        low_G = (-half_G - step).clamp_min(LEAST_LEVEL) if whole else -half_G
+        self.low_C, self.high_C = low_G[self.label_C], (half_G - step)[self.label_C]
 
     def _by_group(self, values_RC: torch.Tensor) -> torch.Tensor:
         if len(self.half_G) == 1:
