@@ -20,7 +20,7 @@ from mico.adapters.family import Family
 from mico.errors import UserError
 from mico.files import atomic_json, read_json, sha256_file
 from mico.packed.blob import encode
-from mico.packed.hf import METHOD, SHIPPED, MicoConfig, MicoQuantizer, packed_class, share_labels
+from mico.packed.hf import METHOD, SHIPPED, MicoConfig, MicoQuantizer, packed_class, put, share_labels, tie_head
 from mico.packed.linear import EXECUTIONS, PackedEmbedding, PackedLinear
 from mico.packed.quantized import QuantizedWeight, is_equal_runs
 from mico.settings import choose
@@ -40,12 +40,9 @@ def pack_model(model: Any, family: Family, parts: Iterable[Mapping[str, Quantize
     tied = _tied_head(model)
     for weights in parts:
         for name, quantized in weights.items():
-            _put(model, name, _packed(model, name, quantized, config, weights, dtype))
+            put(model, name, _packed(model, name, quantized, config, weights, dtype))
     if tied and isinstance(source := model.get_submodule(tied[1]), PackedEmbedding):
-        head = model.get_submodule(tied[0])
-        packed = PackedLinear(head.in_features, head.out_features, len(source.weight), None)
-        packed.weight = source.weight
-        _put(model, tied[0], packed)
+        tie_head(model, tied[0], len(source.weight))
     for parameter in model.parameters():
         parameter.data = exactly(parameter.data, dtype)
     share_labels(model, config)
@@ -55,11 +52,6 @@ def pack_model(model: Any, family: Family, parts: Iterable[Mapping[str, Quantize
     name = type(model).__name__
     model.config.auto_map = {"AutoModelForCausalLM": f"{Path(SHIPPED).stem}.{name}"}
     model.__class__ = packed_class(type(model))
-
-
-def _put(model: Any, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
 
 
 def exactly(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -195,7 +195,7 @@ def _exp(mean: float) -> float:
 
 
 def _input_device(model: nn.Module) -> torch.device:
-    return next(model.get_input_embeddings().parameters()).device  # type: ignore[operator]
+    return model.get_input_embeddings().weight.device  # type: ignore[operator]
 
 
 def _fitting_batch(model: nn.Module, seqlen: int, batch_size: int) -> int:

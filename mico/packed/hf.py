@@ -70,14 +70,12 @@ class MicoQuantizer(HfQuantizer):
         headers = _headers(checkpoint_files)
         names = dict(_module_names(model, headers))
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        for target, source in tied.items():  # a tied head is stored once, with the embedding
+        for target, source in list(tied.items()):  # a tied head is stored once, with the embedding
             embedding = source.removesuffix(".weight")
             if embedding in names:
-                names.setdefault(target.removesuffix(".weight"), names[embedding])
+                tie_head(model, target.removesuffix(".weight"), headers[names[embedding]][1][0])
         for name, key in names.items():
-            parent, _, last = name.rpartition(".")
-            old = model.get_submodule(name)
-            setattr(model.get_submodule(parent), last, _packed_module(old, headers, key, name))
+            put(model, name, _packed_module(model.get_submodule(name), headers, key, name))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -139,13 +137,32 @@ def _packed_module(old: nn.Module, headers: dict[str, tuple[str, list[int]]], ke
     return PackedLinear(old.in_features, old.out_features, size, bias, old.weight.device)
 
 
-def share_labels(model: nn.Module, config: MicoConfig) -> None:
-    """Check every blob against its module, and give Linears the labels that they borrow.
+def put(model: Any, name: str, module: nn.Module) -> None:
+    """Replace the submodule of a dotted name."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def tie_head(model: Any, name: str, size: int) -> None:
+    """Make the head `name` one that shares the embedding's blob, which it gets from `share_labels`.
+
+    transformers ties parameters alone, so its own entry for the pair goes.
+    """
+    head = model.get_submodule(name)
+    put(model, name, PackedLinear(head.in_features, head.out_features, size, device=head.weight.device, tied=True))
+    model.all_tied_weights_keys.pop(f"{name}.weight")
+
+
+def share_labels(model: Any, config: MicoConfig) -> None:
+    """Give a tied head its blob and Linears the labels that they borrow, and check every blob against its module.
 
     Raises ValueError naming the module whose blob is damaged or of another shape.
     """
     labels: dict[str, torch.Tensor] = {}
     modules = dict(model.named_modules())
+    for module in modules.values():
+        if isinstance(module, PackedLinear) and module.tied:
+            module.weight = model.get_input_embeddings().weight
     for name, module in modules.items():
         if not isinstance(module, (PackedLinear, PackedEmbedding)) or module.weight.is_meta:
             continue

@@ -42,9 +42,9 @@ class _Packed(nn.Module):
     weight: torch.Tensor
     label_C: torch.Tensor | None
 
-    def __init__(self, size: int, device: Any = None) -> None:
+    def __init__(self, size: int, device: Any = None, persistent: bool = True) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.empty(size, dtype=torch.uint8, device=device))
+        self.register_buffer("weight", torch.empty(size, dtype=torch.uint8, device=device), persistent=persistent)
         self.register_buffer("label_C", None, persistent=False)  # given by the stream's first Linear where borrowed
         self._dense: torch.Tensor | None = None
 
@@ -86,9 +86,11 @@ class PackedLinear(_Packed):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, size: int, bias: torch.Tensor | None = None, device: Any = None
-    ) -> None:
-        super().__init__(size, device)
+        self, in_features: int, out_features: int, size: int, bias: torch.Tensor | None = None, device: Any = None,
+        tied: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(size, device, persistent=not tied)
+        self.tied = tied
         self.in_features, self.out_features = in_features, out_features
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.execution = default_execution()
