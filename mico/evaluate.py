@@ -57,7 +57,7 @@ def evaluate(
         check_writable("--json", json)
     pick_device(device)
     folder = model_folder(model)
-    hub = dict(offline=offline, trust_remote_code=trust_remote_code)
+    hub = dict(offline=offline, trust_remote_code=trust_remote_code, packed=True)
     length = context_length(load_config(folder, **hub), seqlen)
     sets = evaluation_sets(
         load_tokenizer(folder, **hub),

@@ -16,7 +16,7 @@ FLOORS = (  # from the roof to the basement; a room is one top-level file or fol
     (
         "middle",
         {"walk", "loading", "methods", "perplexity", "files", "runs", "stages", "solve", "reference"}
-        | {"solve", "console", "tables", "summary", "callable"},
+        | {"console", "tables", "summary", "callable", "card", "checkpoint", "exports", "plugin"},
     ),
     ("ground", {"adapters", "channels", "packed", "data"}),
     ("basement", {"errors", "profiles", "settings"}),
