@@ -61,7 +61,11 @@ def naive_values(weight: QuantizedWeight) -> np.ndarray:
         factored = weight.group_scale_G is not None
         scale = float(weight.row_scale_RG[r, 0 if weight.row_scale_RG.shape[1] == 1 else g])
         scale *= float(weight.group_scale_G[g]) if factored else 1.0
-        zero = (2 ** weight.bits_G[g] - 1) / 2 if weight.zero_RG is None else int(weight.zero_RG[r % len(weight.zero_RG), g])
+        zero = (
+            (2 ** weight.bits_G[g] - 1) / 2
+            if weight.zero_RG is None
+            else int(weight.zero_RG[r % len(weight.zero_RG), g])
+        )
         values[r, c] = scale * (int(weight.codes_RC[r, c]) - zero)
     return values
 
