@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from mico.calibrate import calibrate
     from mico.compress import compress
     from mico.evaluate import evaluate
+    from mico.export import export
     from mico.mi_group import mi_group
     from mico.report import report
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "calibrate", "compress", "evaluate", "load", "mi_group", "report"]
+__all__ = ["__version__", "calibrate", "compress", "evaluate", "export", "load", "mi_group", "report"]
 
 register_when_needed()
 

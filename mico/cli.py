@@ -160,6 +160,18 @@ def evaluate(
     _show(scores_section(result))
 
 
+@app.command(epilog="Example: mico export results/tiny-llama-mico-1a2b3c4d --to dense")
+def export(
+    model: o.PackedModel, to: o.Target, save: o.Save = None, dtype: o.ExportDtype = "auto", json: o.JsonFile = None,
+    debug: o.Debug = False, verbose: o.Verbose = 0, quiet: o.Quiet = False,
+) -> None:  # fmt: skip
+    """Write a packed model in the format of another program, and check it by reading it back."""
+    from mico.export import export as run
+    from mico.export import section
+
+    _show(section(run(model, to=to, save=save, dtype=dtype, json=json, console=_console(quiet, verbose))))
+
+
 @app.command(epilog="Example: mico report results/tiny-llama-original-* results/tiny-llama-mi-*")
 def report(
     runs: o.Runs, json: o.JsonFile = None, markdown: o.MarkdownFile = None, debug: o.Debug = False

@@ -98,6 +98,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def make_durable(staging: Path, files: list[Path]) -> None:
+    """Give the files the mode the umask asks for (safetensors makes 0600) and flush them."""
+    probe = os.open(staging / f"{TEMPORARY}mode", os.O_CREAT | os.O_WRONLY, 0o666)
+    mode = os.fstat(probe).st_mode & 0o777  # reading the umask itself would change it for other threads
+    os.close(probe)
+    (staging / f"{TEMPORARY}mode").unlink()
+    for file in files:
+        file.chmod(mode)
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def sha256_file(path: str | Path) -> str:
     """Hex sha256 of a file, read in pieces of 1 MiB."""
     digest = hashlib.sha256()

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from mico.profiles import PROFILES
-from mico.settings import ALLOCATIONS, ARMS, CLUSTERINGS, GROUPINGS, METHOD_NAMES, MI_METHODS
+from mico.settings import ALLOCATIONS, ARMS, CLUSTERINGS, EXPORTS, GROUPINGS, METHOD_NAMES, MI_METHODS
 
 _DATA, _COMPRESSION, _GROUPS, _RUN = "Model and data", "Compression", "Channel groups", "Run"
 
@@ -26,6 +26,9 @@ def _choice(panel: str, name: str, allowed: tuple[str, ...], help: str, **more: 
 Model = Annotated[str, typer.Argument(help="A name of `mico models`, a hub id, or a local folder.", show_default=False)]
 Runs = Annotated[
     list[str], typer.Argument(help="Run folders that mico compress wrote.", show_default=False, metavar="FOLDER")
+]
+PackedModel = Annotated[
+    str, typer.Argument(help="A run folder of mico compress, or the model/ inside.", show_default=False)
 ]
 Calib = Annotated[
     str | None,
@@ -163,6 +166,16 @@ Dtype = Annotated[
         help="float32, bfloat16 or float16; auto is float32 on the CPU and the checkpoint's own on a GPU.",
     ),
 ]  # fmt: skip
+Target = Annotated[
+    str,
+    _choice(
+        _RUN, "--to", EXPORTS, "What to write: a dense model, compressed-tensors, a GGUF file, GPTQ.",
+        show_default=False,
+    ),
+]  # fmt: skip
+ExportDtype = Annotated[
+    str, _option(_RUN, "--dtype", metavar="NAME", help="Of a dense export; auto is the checkpoint's own.")
+]
 Strict = Annotated[bool, _option(_RUN, "--strict", help="Exit with 3 when a fallback was needed.")]
 JsonFile = Annotated[str | None, _option(_RUN, "--json", metavar="FILE", help="Write the figures here as JSON.")]
 MarkdownFile = Annotated[str | None, _option(_RUN, "--markdown", metavar="FILE", help="Write what is shown here.")]

@@ -39,6 +39,7 @@ from mico.files import (
     differences,
     fingerprint,
     load_tensors,
+    make_durable,
     plain,
     read_json,
     save_tensors,
@@ -223,7 +224,7 @@ class RunFolder:
             try:
                 yield staging
                 files = [file for file in sorted(staging.rglob("*")) if file.is_file()]
-                _make_durable(staging, files)
+                make_durable(staging, files)
                 for file in sorted(files, key=lambda file: file.name == "config.json"):
                     target = self.path / file.relative_to(staging)
                     target.parent.mkdir(parents=True, exist_ok=True)
@@ -311,20 +312,6 @@ def _remove_temporary(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _make_durable(staging: Path, files: list[Path]) -> None:
-    """Give the files the mode the umask asks for (safetensors makes 0600) and flush them."""
-    probe = os.open(staging / f"{TEMPORARY}mode", os.O_CREAT | os.O_WRONLY, 0o666)
-    mode = os.fstat(probe).st_mode & 0o777  # reading the umask itself would change it for other threads
-    os.close(probe)
-    for file in files:
-        file.chmod(mode)
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _now() -> str:

@@ -49,6 +49,9 @@ SURFACE: dict[str, dict[str, Any]] = {
         "--offline": False, "--trust-remote-code": False, "--device": "auto", "--dtype": "auto", "--json": None, **RUN,
     },
     "report": {"runs": None, "--json": None, "--markdown": None, "--debug": False},
+    "export": {
+        "model": None, "--to": None, "--save": None, "--dtype": "auto", "--json": None, **RUN,
+    },
     "models": {},
 }  # fmt: skip
 VERBS = {"calibrate": "calibrate", "mi-group": "mi_group", "compress": "compress", "eval": "evaluate"}
