@@ -40,8 +40,7 @@ Report = dict[str, Any]
 def flat(report: Report) -> dict[str, Any]:
     """The figures of a report by plain names, for `--json FILE` and for tables over many runs.
 
-    bytes: of the dense-format weight files written; packed_bytes: of the same model at its true bits, with
-    everything outside the compressed Linears at 16 bits; seconds: of the whole run.
+    bytes: of the weight files written; packed_bytes: what their tensors take by their bits, without headers; seconds: of the whole run.
     """
     size = report["size"]
     return {
@@ -253,15 +252,18 @@ def _sizes(size: dict[str, Any]) -> Section:
         ("sparsity", number(size["sparsity"])),
         ("share of the model compressed", f"{size['share_compressed']:.1%}"),
         ("dense model at 16 bits", size_text(size["dense_bytes"])),
-        ("at true bits (packed size)", f"{size_text(size['packed_bytes'])}, {_ratio(size)} of dense"),
-        ("files written (dense format)", size_text(size["bytes"])),
+        ("at true bits", f"{size_text(size['packed_bytes'])}, {_ratio(size)} of dense"),
+        ("weight files written", f"{size_text(size['bytes'])}, {_overhead(size):+.2%} for headers"),
     )
     lines = (
-        "True bits count codes, scales, zeros, widths, masks, labels and biases of the compressed Linears. The packed "
-        "size adds the rest of the model (embeddings, norms) at 16 bits. The files written hold the same values in "
-        "dense format, which any program loads; they are not smaller.",
+        "True bits count codes, scales, zeros, widths, masks, labels and biases of the compressed Linears. The size at "
+        "true bits adds the rest of the model (embeddings, norms) as it is stored.",
     )
     return Section("Size", ("", ""), rows, lines, frozenset({(1, 1)}))
+
+
+def _overhead(size: dict[str, Any]) -> float:
+    return float(size["bytes"] / size["packed_bytes"] - 1)
 
 
 def _ratio(size: dict[str, Any]) -> str:
