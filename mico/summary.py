@@ -40,7 +40,8 @@ Report = dict[str, Any]
 def flat(report: Report) -> dict[str, Any]:
     """The figures of a report by plain names, for `--json FILE` and for tables over many runs.
 
-    bytes: of the weight files written; packed_bytes: what their tensors take by their bits, without headers; seconds: of the whole run.
+    bytes: of the weight files written; packed_bytes: what their tensors take by their bits, without headers;
+    seconds: of the whole run.
     """
     size = report["size"]
     return {
