@@ -26,6 +26,7 @@ MAGIC, BLOB_VERSION = b"mQ", 1
 FACTORED, ZEROS, ROW_ZEROS, MASK, MIXED, LABELS, BORROWED, BFLOAT = (1 << bit for bit in range(8))
 _HEADER = struct.Struct("<2sBBIIIBBBB")
 HEADER_BYTES = _HEADER.size
+LARGEST_M = 32  # of n:m masks: the rank of a pattern stays below 2**32
 _TERNARY_BYTE = 158  # the byte that stands for a width of 1.58 bits
 
 
@@ -44,14 +45,29 @@ class Header:
 
     @classmethod
     def of(cls, blob: torch.Tensor) -> Header:
-        """Read and check the header. Raises ValueError when the tensor is not a blob of this version."""
+        """Read and check the header. Raises ValueError when the tensor is not a blob of this version, or too short
+        for what its header states: nobody reserves memory for what a damaged one claims."""
         raw = bytes(blob[:HEADER_BYTES].tolist())
         if len(raw) < HEADER_BYTES or raw[:2] != MAGIC:
             raise ValueError(f"no packed weight: it starts with {raw[:2]!r}, {MAGIC!r} is expected")
         _, version, flags, rows, channels, groups, n, m, width, _ = _HEADER.unpack(raw)
         if version != BLOB_VERSION:
             raise ValueError(f"packed weight of version {version}; this code reads {BLOB_VERSION}: update mico")
-        return cls(flags, rows, channels, groups, n, m, width)
+        head = cls(flags, rows, channels, groups, n, m, width)
+        head._check(len(blob))
+        return head
+
+    def _check(self, size: int) -> None:
+        rows, channels, groups, n, m = self.rows, self.channels, self.groups, self.n, self.m
+        if not (rows > 0 and 0 < groups <= channels):
+            raise ValueError(f"packed weight of {rows:,} rows, {channels:,} channels in {groups:,} groups: damaged")
+        if (n or m) and not (self.has(MASK) and 0 < n < m <= LARGEST_M and channels % m == 0):
+            raise ValueError(f"packed weight: a mask of {n}:{m} over {channels:,} channels: damaged")
+        if self.width == 16 and self.flags & ~(MASK | BFLOAT):
+            raise ValueError(f"packed weight of 16-bit values with flags {self.flags:#04x}: damaged")
+        least = rows * channels // m * pattern_width(n, m) if m else rows * channels  # a bit of mask or code a weight
+        if HEADER_BYTES + least // 8 > size:
+            raise ValueError(f"packed weight of {size:,} bytes: too few for {rows:,} x {channels:,} weights")
 
     def has(self, flag: int) -> bool:
         return bool(self.flags & flag)
@@ -188,7 +204,7 @@ def decode_rows(blob: torch.Tensor, ids_N: torch.Tensor) -> QuantizedWeight:
     head, reader = Header.of(blob), _Reader(blob)
     run = head.channels // head.groups
     row_bytes, rest = divmod(run * head.width, 8)
-    if head.flags & ~BFLOAT or head.width > 8 or rest or run * head.groups != head.channels:
+    if head.flags & ~BFLOAT or not 1 <= head.width <= 8 or rest or run * head.groups != head.channels:
         raise ValueError("packed embedding: rows of one width without mask or zero points are expected")
     ids_N = ids_N.to(blob.device)
     scales = reader.take(2 * head.rows * head.groups).view(head.rows, -1)[ids_N]
@@ -204,28 +220,29 @@ def decode_rows(blob: torch.Tensor, ids_N: torch.Tensor) -> QuantizedWeight:
 def _widths(head: Header, reader: _Reader) -> tuple[float, ...]:
     found = reader.take(head.groups).tolist() if head.has(MIXED) else [head.width] * head.groups
     widths = tuple(TERNARY if width == _TERNARY_BYTE else width for width in found)
-    wrong = [width for width in widths if width not in (*range(1, 9), TERNARY, 16)]
+    known = (*range(1, 9), TERNARY, *([] if head.has(MIXED) else [16]))
+    wrong = [width for width in widths if width not in known]
     if wrong:
         raise ValueError(f"packed weight: a group of {wrong[0]} bits; 1 to 8 and {TERNARY} are known")
     return widths
 
 
-def _labels(head: Header, reader: _Reader, borrowed_C: torch.Tensor | None) -> torch.Tensor:
+def _labels(head: Header, reader: _Reader, label_C: torch.Tensor | None) -> torch.Tensor:
     if head.has(LABELS):
-        return reader.numbers(head.channels, label_width(head.groups)).long()
-    if not head.has(BORROWED):
+        label_C = reader.numbers(head.channels, label_width(head.groups)).long()
+    elif not head.has(BORROWED):
         return equal_runs(head.channels, head.groups)
-    if borrowed_C is None or len(borrowed_C) != head.channels:
+    if label_C is None or len(label_C) != head.channels:
         raise ValueError("packed weight: its channel labels lie with another Linear of the stream, which is not here")
-    return borrowed_C
+    if int(label_C.max()) >= head.groups:
+        raise ValueError(f"packed weight: a channel of group {int(label_C.max())}, {head.groups} groups: damaged")
+    return label_C
 
 
 def _mask(head: Header, reader: _Reader) -> torch.Tensor:
     count = head.rows * head.channels
     if not head.m:
         return reader.numbers(count, 1).bool()
-    if not 0 < head.n < head.m or count % head.m:
-        raise ValueError(f"packed weight: a mask of {head.n}:{head.m} over {head.channels} channels")
     stream = reader.take(packed_bytes(count // head.m, pattern_width(head.n, head.m)))
     return unpack_pattern(stream, count, head.n, head.m)
 
