@@ -7,8 +7,11 @@ scheme. Only weights that this holds exactly are written; the others are named b
 
 from __future__ import annotations
 
+import io
 import re
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,18 @@ import torch
 
 from mico.console import Console
 from mico.errors import UserError
-from mico.exports.folder import dense_linears, dense_tensors, largest_errors, model_dtype, probe_logits, write_folder
-from mico.exports.integers import Inexact, Integers, check_scales, integers, refuse
+from mico.exports.folder import (
+    dense_linears,
+    dense_tensors,
+    largest_errors,
+    model_dtype,
+    probe_logits,
+    rounding_notes,
+    write_folder,
+)
+from mico.exports.integers import Inexact, Integers, check_bits, check_scales, integers, refuse
 from mico.exports.source import Exported, PackedSource
+from mico.loading import quiet
 from mico.packed.bits import pack
 from mico.packed.quantized import QuantizedWeight
 
@@ -57,6 +69,15 @@ class Scheme:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The scheme of every Linear that gets codes; how many lie in wider codes than their own, and are pruned."""
+
+    schemes: dict[str, Scheme]
+    widened: int
+    pruned: int
+
+
 def export_compressed_tensors(source: PackedSource, out: Path, console: Console) -> Exported:
     """Write a model folder for vLLM into `out`, load it with transformers, compare it with the native weights.
 
@@ -64,24 +85,22 @@ def export_compressed_tensors(source: PackedSource, out: Path, console: Console)
     """
     version = _library()
     dtype = model_dtype(source)
-    schemes = plan(source, dtype)
-    dense = [name for name in source.weights if name not in schemes]
+    planned = plan(source, dtype, console)
+    schemes = planned.schemes
     config = quantization_config(schemes, dense_linears(source, schemes), source.family.blocks, version)
     complaints = refused_by_vllm(config)
     assert not complaints, complaints
-    tensors, rounded = dense_tensors(source, dense)
-    with console.bar("vllm", len(schemes)) as advance:
+    tensors, rounded = dense_tensors(source, [name for name in source.weights if name not in schemes])
+    with console.bar("write", len(schemes)) as advance:
         for name, scheme in schemes.items():
             tensors |= packed_tensors(name, _fitted(source.weights[name], scheme), scheme, dtype)
             advance(name)
     tensors |= {key: value for key, value in source.others.items() if key not in tensors}
     files = write_folder(source, out, tensors, config)
-    error, checked = _verify(source, out, schemes, rounded)
-    notes = (
-        *_notes(source, schemes, dtype),
-        *(f"{name}: rounded to {dtype}, largest error {e:.3g}" for name, e in rounded.items()),
-    )
-    return Exported("vllm", files, not rounded, error, (*notes, checked))
+    with console.stage("check"):
+        error, checked = _verify(source, out, schemes, rounded)
+    notes = (*_notes(planned, dtype), *rounding_notes(rounded, dtype), checked)
+    return Exported("vllm", files, not rounded, error, notes)
 
 
 def _library() -> str:
@@ -96,43 +115,65 @@ def _library() -> str:
 # --- which scheme for which Linear ----------------------------------------------------------------------------------
 
 
-def plan(source: PackedSource, dtype: torch.dtype) -> dict[str, Scheme]:
+def plan(source: PackedSource, dtype: torch.dtype, console: Console) -> Plan:
     """The scheme of every quantized Linear of the blocks. Raises UserError naming those that have none.
 
     Linears that are joined take the widest of their widths: wider codes hold the same levels.
     """
     schemes: dict[str, Scheme] = {}
     reasons: dict[str, str] = {}
-    for names in fused_sets(source):
-        own: dict[str, Scheme] = {}
-        for name in names:
-            try:
-                own[name] = _scheme(source.weights[name], dtype)
-            except Inexact as reason:
-                reasons[name] = str(reason)
-        if len({scheme.group_size for scheme in own.values()}) > 1:
-            reasons[names[0]] = f"vLLM joins it with {', '.join(names[1:])}, whose groups have another size"
-        widest = max((scheme.bits for scheme in own.values()), default=0)
-        schemes |= {name: Scheme(widest, scheme.group_size) for name, scheme in own.items()}
+    widened = pruned = 0
+    sets = fused_sets(source)
+    with console.bar("grids", len(sets)) as advance:
+        for names in sets:
+            weights = {name: source.weights[name] for name in names}
+            own, why = _joined(weights, dtype)
+            schemes, reasons = schemes | own, reasons | why
+            widened += sum(scheme.bits > max(weights[name].bits_G) for name, scheme in own.items())
+            pruned += sum(weights[name].keep_RC is not None for name in own)
+            advance(names[0])
     refuse("vllm", reasons)
     if not schemes:
         raise UserError("--to vllm: no Linear of this model is quantized: export it with --to dense")
-    return schemes
+    return Plan(schemes, widened, pruned)
 
 
 def fused_sets(source: PackedSource) -> list[list[str]]:
-    """Quantized Linears of the blocks, those that read one tensor together."""
-    prefix, sets = f"{source.family.blocks}.", {}
+    """Names of the packed Linears of the blocks, those that read one tensor together."""
+    prefix = f"{source.family.blocks}."
+    sets: dict[tuple[str, str], list[str]] = {}
     streams = {path: stream.name for stream in source.family.streams for path in stream.linears}
-    for name, weight in source.weights.items():
-        if name.startswith(prefix) and weight.quantized:
+    for name in source.weights:
+        if name.startswith(prefix):
             index, path = name.removeprefix(prefix).split(".", 1)
             sets.setdefault((index, streams[path]), []).append(name)
     return list(sets.values())
 
 
+def _joined(weights: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> tuple[dict[str, Scheme], dict[str, str]]:
+    """Schemes of the Linears of one set, and reasons of those that have none; neither where all are dense."""
+    own: dict[str, Scheme] = {}
+    reasons: dict[str, str] = {}
+    for name, weight in weights.items():
+        try:
+            if weight.quantized:
+                own[name] = _scheme(weight, dtype)
+        except Inexact as reason:
+            reasons[name] = str(reason)
+    if reasons or not own:
+        return {}, reasons
+    others = [
+        name for name in weights if name not in own or own[name].group_size != next(iter(own.values())).group_size
+    ]
+    if others:
+        return {}, {next(iter(own)): f"vLLM joins it with {', '.join(others)}, which is stored in another way"}
+    widest = max(scheme.bits for scheme in own.values())
+    return {name: Scheme(widest, scheme.group_size) for name, scheme in own.items()}, {}
+
+
 def _scheme(weight: QuantizedWeight, dtype: torch.dtype) -> Scheme:
     found = integers(weight)
+    check_bits(found)
     check_scales(found, dtype, factored=weight.group_scale_G is not None)
     if found.scale_RG.shape[1] == 1:
         return Scheme(found.bits, 0)
@@ -164,7 +205,7 @@ def pack_words(code_RC: torch.Tensor, bits: int) -> torch.Tensor:
     rows, channels = code_RC.shape
     padded_RC = torch.nn.functional.pad(code_RC.to(torch.uint8), (0, -channels % WORD))
     words_RW = pack(padded_RC, bits).view(torch.int32).view(rows, -1)
-    return words_RW[:, : -(-channels * bits // WORD)].contiguous()
+    return words_RW[:, : -(-channels * bits // WORD)].clone(memory_format=torch.contiguous_format)
 
 
 def quantization_config(schemes: Mapping[str, Scheme], ignored: list[str], blocks: str, version: str) -> dict[str, Any]:
@@ -229,21 +270,17 @@ def _refused(
 # --- what is said, and the check ------------------------------------------------------------------------------------
 
 
-def _notes(source: PackedSource, schemes: Mapping[str, Scheme], dtype: torch.dtype) -> list[str]:
-    widths = {bits: sum(scheme.bits == bits for scheme in schemes.values()) for bits in range(2, 9)}
-    notes = [", ".join(f"{count} Linears of {bits} bits" for bits, count in widths.items() if count)]
-    widened = sum(scheme.bits > max(source.weights[name].bits_G) for name, scheme in schemes.items())
-    if widened:
-        notes.append(f"{widened} Linears lie in wider codes than their own, with the same values")
-    pruned = sum(source.weights[name].keep_RC is not None for name in schemes)
-    if pruned:
-        notes.append(f"{pruned} Linears are pruned: their zeros are exact, but this format stores a code for each")
-    if any(scheme.bits not in (4, 8) for scheme in schemes.values()):
-        notes.append(
-            "widths other than 4 and 8 load in transformers and in vLLM with its Humming kernels, not in SGLang"
-        )
+def _notes(planned: Plan, dtype: torch.dtype) -> list[str]:
+    counts = Counter(scheme.bits for scheme in planned.schemes.values())
+    notes = [", ".join(f"{count} Linears of {bits} bits" for bits, count in sorted(counts.items()))]
+    if planned.widened:
+        notes.append(f"{planned.widened} Linears lie in wider codes than their own, with the same values")
+    if planned.pruned:
+        notes.append(f"{planned.pruned} Linears are pruned: their zeros are exact, but every zero takes a code here")
+    if not counts.keys() <= {4, 8}:
+        notes.append("widths other than 4 and 8: transformers, and vLLM with its Humming kernels, but not SGLang")
     if dtype == torch.float32:
-        notes.append("a float32 model: vLLM computes in 16 bits, give it --dtype")
+        notes.append("a float32 model: vLLM computes in 16 bits, choose with its --dtype")
     return notes
 
 
@@ -254,9 +291,10 @@ def _verify(
     from transformers import AutoModelForCausalLM
 
     expected = probe_logits(source.dense_model(torch.float32))
-    model: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    difference = float((probe_logits(model.eval()) - expected).abs().max())  # the first forward unpacks the weights
-    errors = largest_errors(source, model)
+    with quiet(), redirect_stderr(io.StringIO()):  # the bars of compressed-tensors have no switch
+        model: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, local_files_only=True).eval()
+        found = probe_logits(model)  # the first forward unpacks the weights
+    errors, difference = largest_errors(source, model), float((found - expected).abs().max())
     worst = max(schemes, key=lambda name: errors[name])
     if errors[worst] > TOLERANCE:
         raise RuntimeError(f"{out}: {worst} differs by {errors[worst]:g} after loading with compressed-tensors")

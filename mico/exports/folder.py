@@ -45,13 +45,13 @@ def write_folder(
 ) -> tuple[str, ...]:
     """Write weights, config with `quantization_config`, tokenizer and generation settings; return the file names."""
     from huggingface_hub import save_torch_state_dict
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = copy.deepcopy(source.config)
     config.quantization_config = dict(quantization)
     config.dtype = model_dtype(source)
     if not config.architectures:
-        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.save_pretrained(out)
     save_torch_state_dict(dict(tensors), out, max_shard_size=SHARD)
     source.tokenizer.save_pretrained(out)
@@ -72,6 +72,12 @@ def dense_tensors(source: PackedSource, names: list[str]) -> tuple[dict[str, tor
     return tensors, errors
 
 
+def rounding_notes(errors: Mapping[str, float], dtype: torch.dtype) -> list[str]:
+    """What `dense_tensors` changed, one line a weight."""
+    named = str(dtype).removeprefix("torch.")
+    return [f"{name}: has no codes here, rounded to {named} by up to {error:.3g}" for name, error in errors.items()]
+
+
 @torch.no_grad()
 def probe_logits(model: Any) -> torch.Tensor:
     """Logits of a fixed sequence of tokens."""
@@ -88,3 +94,16 @@ def largest_errors(source: PackedSource, model: Any) -> dict[str, float]:
         name: float((modules[name].weight.detach().float() - weight.dequantize()).abs().max())
         for name, weight in source.weights.items()
     }
+
+
+def stored_tensors(out: Path, module: str) -> dict[str, torch.Tensor]:
+    """The tensors of one module as they lie in the weight files of a folder, by their name inside the module."""
+    from safetensors import safe_open
+
+    found = {}
+    for path in sorted(out.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - no mapping
+                if key.rpartition(".")[0] == module:
+                    found[key.rpartition(".")[2]] = file.get_tensor(key)
+    return found

@@ -5,6 +5,7 @@ Suffixes: R rows, C channels, G groups of equal, consecutive channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,8 @@ from mico.errors import UserError
 from mico.packed.bits import levels
 from mico.packed.quantized import QuantizedWeight
 
-CONTAINERS = range(2, 9)  # bits
+REMEDY = "compress again with mico compress --profile vllm, or export with --to dense"
+LEAST_BITS, MOST_BITS = 2, 8  # of containers
 
 
 class Inexact(Exception):
@@ -25,8 +27,8 @@ class Inexact(Exception):
 class Integers:
     """weight[r, c] = scale[r, g] * level[r, c], with -2**(bits - 1) <= level < 2**(bits - 1).
 
-    level_RC: int16, 0 where pruned; scale_RG: float32, of either sign; bits: the narrowest container that holds the
-    levels and is not narrower than the codes were.
+    level_RC: int16, 0 where pruned; scale_RG: float32, of either sign; bits: of the narrowest container that holds
+    the levels and is not narrower than the codes were; more than MOST_BITS where there is none.
     """
 
     level_RC: torch.Tensor
@@ -48,7 +50,7 @@ class Integers:
 
 
 def integers(weight: QuantizedWeight) -> Integers:
-    """The integer form of one quantized weight; every value is kept exactly. Raises Inexact with the reason.
+    """The integer form of one quantized weight; every value is kept. Raises Inexact when its groups are scattered.
 
     Levels that lie half a step beside zero are doubled and their scale is halved, which takes one bit more. A zero
     point turns into levels that are not centred, which may take one bit more.
@@ -68,7 +70,9 @@ def integers(weight: QuantizedWeight) -> Integers:
         scale_RG = scale_RG / 2
     if weight.keep_RC is not None:
         level_RC = level_RC * weight.keep_RC
-    bits = _container(level_RC, max(weight.bits_G))
+    bits = max(LEAST_BITS, math.ceil(max(weight.bits_G)))
+    while int(level_RC.min()) < -(2 ** (bits - 1)) or int(level_RC.max()) >= 2 ** (bits - 1):
+        bits += 1
     return Integers(level_RC, scale_RG.expand(-1, groups).contiguous(), bits)
 
 
@@ -80,12 +84,11 @@ def _twice_zero(weight: QuantizedWeight) -> torch.Tensor:
     return torch.tensor([[levels(bits) - 1 for bits in weight.bits_G]], dtype=torch.int16, device=device)
 
 
-def _container(level_RC: torch.Tensor, codes: float) -> int:
-    low, high = int(level_RC.min()), int(level_RC.max())
-    for bits in CONTAINERS:
-        if bits >= codes and -(2 ** (bits - 1)) <= low and high < 2 ** (bits - 1):
-            return bits
-    raise Inexact(f"its levels {low} to {high} need more than {CONTAINERS[-1]} bits around an exact zero")
+def check_bits(found: Integers) -> None:
+    """Raise Inexact unless there is a container for the levels around an exact zero."""
+    if found.bits > MOST_BITS:
+        low, high = int(found.level_RC.min()), int(found.level_RC.max())
+        raise Inexact(f"its levels {low} to {high} need more than {MOST_BITS} bits around an exact zero")
 
 
 def check_scales(found: Integers, dtype: torch.dtype, factored: bool) -> None:
@@ -95,13 +98,10 @@ def check_scales(found: Integers, dtype: torch.dtype, factored: bool) -> None:
         raise Inexact(f"its {what} are not exact in {str(dtype).removeprefix('torch.')}")
 
 
-def refuse(target: str, reasons: Mapping[str, str]) -> None:
+def refuse(target: str, reasons: Mapping[str, str], remedy: str = REMEDY) -> None:
     """Raise one UserError for all weights without an exact form, naming three and the way to an exact export."""
     if not reasons:
         return
     shown = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
     more = f" (and {len(reasons) - 3} more)" if len(reasons) > 3 else ""
-    raise UserError(
-        f"--to {target} cannot hold {len(reasons)} weights exactly: {shown}{more}: "
-        "compress again with mico compress --profile vllm, or export with --to dense"
-    )
+    raise UserError(f"--to {target} cannot hold {len(reasons)} weights exactly: {shown}{more}: {remedy}")
