@@ -1,13 +1,14 @@
 """Modules that hold a packed weight and compute with it: what replaces nn.Linear and nn.Embedding in a loaded model.
 
-The blob (mico/packed/blob.py) is the only tensor that is saved. What computes is made from it at the first use on a
-device and in a dtype: a kernel for few rows, the dense weight for many, and always the dense weight where no kernel
-is exact enough to replace it (float32) or exists. Suffixes: R rows, C channels, B batch.
+The blob (mico/packed/blob.py) is the only tensor that is saved. What computes is made from it when it is first needed:
+a kernel where calls have few rows, the dense weight where they have many, never both for long; always the dense weight
+where no kernel is exact enough to replace it (float32) or exists. Suffixes: R rows, C channels, B batch.
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,11 +22,14 @@ from mico.packed.gpu import prepare_gpu
 from mico.packed.quantized import QuantizedWeight
 
 EXECUTIONS = ("auto", "packed", "dense")
+PATHS = ("kernel", "dense", "unpacked")
 EXECUTION_VARIABLE = "MICO_EXECUTION"
-# Rows of activations up to which the kernel beats a dense product, measured at 4096 x 4096: on a CPU with AVX-512
-# 4-bit digits take 1.9 ms for 8 rows and 3.1 ms for 16, bfloat16 2.4 ms for either; see `mico bench`.
+# Rows of activations up to which a kernel beats a dense weight that is there already, and from which it is quicker to
+# make that weight for one call; measured at 4096 x 4096 (benchmarks/README.md). The GPU's kernel sees to the latter.
 CROSSOVER = {"cpu": 8, "cuda": 32}
-PATIENCE = 4  # calls of many rows after which the dense weight is kept; as many of few rows let it go again
+UNPACK_FROM = {"cpu": 512}
+PATIENCE = 4  # more calls of many rows than of few after which the dense weight is kept; as many back let it go again
+_BLOCK = 256  # rows that are made dense at a time: bounds the memory of the float32 intermediates
 
 
 def default_execution() -> str:
@@ -54,7 +58,12 @@ class _Packed(nn.Module):
 
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The dense weight, (R, C), a new tensor."""
-        return self.quantized().dequantize(dtype)
+        quantized = self.quantized()
+        weight_RC = torch.empty(quantized.codes_RC.shape, dtype=dtype, device=self.weight.device)
+        for start in range(0, len(weight_RC), _BLOCK):
+            here = slice(start, start + _BLOCK)
+            weight_RC[here] = _rows(quantized, here).dequantize(dtype)
+        return weight_RC
 
     def header(self) -> Header:
         return Header.of(self.weight)
@@ -78,11 +87,23 @@ class _Packed(nn.Module):
         return 0 if self._dense is None else self._dense.nbytes
 
 
+def _rows(quantized: QuantizedWeight, here: slice) -> QuantizedWeight:
+    zero_RG, keep_RC, rows = quantized.zero_RG, quantized.keep_RC, len(quantized.codes_RC)
+    return replace(
+        quantized,
+        codes_RC=quantized.codes_RC[here],
+        row_scale_RG=quantized.row_scale_RG[here],
+        zero_RG=zero_RG if zero_RG is None or len(zero_RG) != rows else zero_RG[here],
+        keep_RC=None if keep_RC is None else keep_RC[here],
+    )
+
+
 class PackedLinear(_Packed):
     """y = x W^T + b with a packed W. The bias keeps the dtype it is stored in.
 
     execution: 'auto' as described above, 'packed' never keeps a dense weight where there is a kernel, 'dense' always
     does: bit-equal to the dense model in every dtype.
+    calls: how often each of 'kernel', 'dense' (kept) and 'unpacked' (made for one call) has served.
     """
 
     def __init__(
@@ -97,34 +118,54 @@ class PackedLinear(_Packed):
         self._kernel: Any = None
         self._kernel_key: tuple[Any, ...] | None = None
         self._many = 0  # recent calls of many rows less those of few, between 0 and PATIENCE
+        self._keeps_dense = False
+        self.calls = dict.fromkeys(PATHS, 0)
 
     def forget(self) -> None:
         super().forget()
-        self._kernel, self._kernel_key, self._many = None, None, 0
+        self._kernel, self._kernel_key, self._many, self._keeps_dense = None, None, 0, False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., C) -> (..., R)."""
-        if x.shape[-1] == self.in_features and x.numel() and self.execution != "dense":
-            x_BC = x.reshape(-1, self.in_features)
-            kernel = self._kernel_for(x)
-            if kernel is not None and self._few(x_BC):
-                return kernel(x_BC, self.bias).view(*x.shape[:-1], self.out_features)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return functional.linear(x, self._kept_dense(x.dtype), bias)
+        path = self._path(x)
+        self.calls[path] += 1
+        if path == "kernel":
+            return self._kernel(x.reshape(-1, self.in_features), self.bias).view(*x.shape[:-1], self.out_features)
+        weight_RC = self._kept_dense(x.dtype) if path == "dense" else self.dense(x.dtype)
+        return functional.linear(x, weight_RC, None if self.bias is None else self.bias.to(x.dtype))
 
-    def _few(self, x_BC: torch.Tensor) -> bool:
-        """Whether the kernel takes these rows; many of them, again and again, are worth a dense weight."""
-        few = len(x_BC) <= CROSSOVER[x_BC.device.type]
+    def _path(self, x: torch.Tensor) -> str:
+        """What serves this call. Whatever kept form it does not need is given up where calls have changed for good."""
+        rows = x.numel() // self.in_features
+        if self.execution == "dense" or not rows or x.shape[-1] != self.in_features or not has_kernel(x):
+            return "dense"
+        few = rows <= CROSSOVER[x.device.type]
         self._many = max(0, self._many - 1) if few else min(PATIENCE, self._many + 1)
-        if self._many == 0:
-            self._dense = None
-        return few or self.execution == "packed" or self._many < PATIENCE
+        if self._many in (0, PATIENCE):
+            self._keeps_dense = self._many == PATIENCE and self.execution == "auto"
+        if self._keeps_dense:
+            self._kernel, self._kernel_key = None, None
+            return "dense"
+        hopeless = self._kernel_key is not None and self._kernel is None
+        if rows >= UNPACK_FROM.get(x.device.type, rows + 1) and not hopeless:
+            return "unpacked"
+        if self._kernel_for(x) is None:
+            return "dense"
+        self._dense = None
+        return "kernel"
 
     def _kernel_for(self, x: torch.Tensor) -> Any:
         key = (x.device, x.dtype, self.weight.data_ptr())
         if self._kernel_key != key:
             self._kernel, self._kernel_key = prepare(self, x.device, x.dtype), key
         return self._kernel
+
+    @property
+    def kind(self) -> str:
+        """What computes now: the kernel's own name for it, 'dense', or 'nothing' before the first call."""
+        if self._kernel is not None:
+            return getattr(self._kernel, "kind", "kernel")
+        return "nothing" if self._dense is None else "dense"
 
     @property
     def resident_bytes(self) -> int:
@@ -134,13 +175,16 @@ class PackedLinear(_Packed):
         return f"in_features={self.in_features}, out_features={self.out_features}, bytes={self.weight.numel()}"
 
 
+def has_kernel(x: torch.Tensor) -> bool:
+    """Whether there is a kernel for activations of this dtype on this device."""
+    if x.device.type == "cuda":
+        return x.dtype in (torch.bfloat16, torch.float16) and gpu_available()
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16
+
+
 def prepare(module: PackedLinear, device: torch.device, dtype: torch.dtype) -> Any:
-    """The kernel for activations of a dtype on a device; None where only the dense weight serves."""
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        return prepare_cpu(module.quantized())
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and gpu_available():
-        return prepare_gpu(module.quantized(), device, dtype)
-    return None
+    """The kernel for activations of which `has_kernel` is true; None where it cannot hold this weight."""
+    return prepare_cpu(module.quantized()) if device.type == "cpu" else prepare_gpu(module.quantized(), device, dtype)
 
 
 class PackedEmbedding(_Packed):
