@@ -11,7 +11,16 @@ from importlib import metadata
 from pathlib import Path
 
 ROOM = Path(__file__).parent
-FILES = ("bits", "quantized", "blob", "cpu", "gpu", "linear", "hf")  # each imports only from those before it
+FILES = (
+    "bits",
+    "quantized",
+    "blob",
+    "cpu",
+    "gpu_kernel",
+    "gpu",
+    "linear",
+    "hf",
+)  # each imports only from those before it
 HEADER = '''"""Loads and runs a model compressed by mico, without mico: AutoModelForCausalLM.from_pretrained(FOLDER,
 trust_remote_code=True). With mico installed (`import mico`) this file is not used. Written by mico {version};
 Apache License 2.0."""
