@@ -43,6 +43,7 @@ class Source:
     dtype: str = "auto"
     offline: bool = False
     trust_remote_code: bool = False
+    stream: bool | None = None  # keep blocks on disk; None: when the model would take most of the free memory
 
     def __post_init__(self) -> None:
         for option in ("nsamples", "seqlen", "batch_size"):

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
-from mico.adapters.family import linears_of, lookup
+from mico.adapters.family import linears_of
 from mico.channels.allocation import WIDTHS
 from mico.channels.meters import SecondMoments
 from mico.channels.plan import ChannelGroups, LayerPlan
@@ -59,7 +60,7 @@ class Solver:
         if run.finished:
             self.console.note(f"compress: {run.finished} blocks were finished, going on after them")
         paired = self.settings.method in PAIRED
-        blocks = walk(loaded.model, loaded.family, self.preparation.batches, paired=paired)
+        blocks = walk(loaded.model, loaded.family, self.preparation.batches, paired=paired, resident=loaded.block)
         with self.console.bar("compress", self.preparation.blocks()) as advance:
             for block in blocks:
                 if block.index < run.finished:
@@ -162,36 +163,44 @@ class Solver:
         Without --target-avg-bits the whole stored size may not exceed that of the plain layout at --wbits (one
         scale and zero a row), so that the arms of an ablation compare at equal true bits.
         """
-        settings, code_bits = self.settings, 0.0
+        code_bits = 0.0
         demands: dict[str, list[Demand]] = {}
         widths = WIDTHS if self._profile is None else self._profile.widths
         with self.console.stage("allocate"), self.console.bar("allocate", self.preparation.blocks()) as advance:
             for index in range(self.preparation.blocks()):
-                module = lookup(loaded.model, f"{loaded.family.blocks}.{index}")
                 labels = made.block(index)[0] if made is not None else {}
-                for stream, (moments, _) in found.block(index).items():
-                    row = next(s for s in loaded.family.streams if s.name == stream)
-                    hessian_CC = moments.hessian_CC.to(next(module.parameters()).device)
-                    factor, label = factorize(hessian_CC, settings.percdamp), labels.get(stream)
-                    for path, linear in linears_of(module, row).items():
-                        weight_RC, plan = linear.weight.detach(), self._plan(linear.in_features, label, None)
-                        rates = settings.allocation == "rate"
-                        need = demand(weight_RC, moments.gram_CC, factor, plan, rates, widths)
-                        name = self._account(index, stream, path)
-                        demands.setdefault(name, []).append(need)
-                        code_bits += self._allowance(weight_RC, need, plan.groups.count)
-                    if settings.target_avg_bits is None and label is not None:
-                        code_bits -= label_bits(label.label_C)
+                with loaded.block(index) as module:
+                    for stream, (moments, _) in found.block(index).items():
+                        row = next(s for s in loaded.family.streams if s.name == stream)
+                        needs = self._demands(linears_of(module, row), moments, labels.get(stream), widths)
+                        for path, (need, allowance) in needs.items():
+                            demands.setdefault(self._account(index, stream, path), []).append(need)
+                            code_bits += allowance
+                        if self.settings.target_avg_bits is None and stream in labels:
+                            code_bits -= label_bits(labels[stream].label_C)
                 advance("")
-        needs = demands.values()
-        least = widths[0] * sum(float(need.table.kept_G.sum()) for together in needs for need in together)
+        least = widths[0] * sum(float(need.table.kept_G.sum()) for same in demands.values() for need in same)
         if code_bits < least:
             self.overruns.append(
-                f"--wbits {settings.wbits} leaves no room for scales and labels of groups: "
+                f"--wbits {self.settings.wbits} leaves no room for scales and labels of groups: "
                 f"{(least - code_bits) / 8 / 1024:.1f} KiB more than the plain layout"
             )
         one = {name: shared(together) if self._profile else together[0] for name, together in demands.items()}
-        return Budget(one, settings.allocation, max(code_bits, least), widths)
+        return Budget(one, self.settings.allocation, max(code_bits, least), widths)
+
+    def _demands(
+        self, linears: dict[str, nn.Linear], moments: SecondMoments, label: ChannelGroups | None,
+        widths: tuple[int, ...],
+    ) -> dict[str, tuple[Demand, float]]:  # fmt: skip
+        """Of the Linears of one stream: what each may spend bits on, and how many it brings."""
+        settings, found = self.settings, {}
+        device = next(iter(linears.values())).weight.device
+        factor = factorize(moments.hessian_CC.to(device), settings.percdamp)
+        for path, linear in linears.items():
+            weight_RC, plan = linear.weight.detach(), self._plan(linear.in_features, label, None)
+            need = demand(weight_RC, moments.gram_CC, factor, plan, settings.allocation == "rate", widths)
+            found[path] = need, self._allowance(weight_RC, need, plan.groups.count)
+        return found
 
     def _allowance(self, weight_RC: torch.Tensor, need: Demand, count: int) -> float:
         kept, wbits = float(need.table.kept_G.sum()), self.settings.wbits

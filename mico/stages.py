@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mico.adapters import family_of
-from mico.adapters.family import Family, linears_of, lookup
+from mico.adapters.family import Family, linears_of
 from mico.channels.grouping import cluster, random_groups, sorted_groups
 from mico.channels.information import mutual_information
 from mico.channels.meters import Reservoir, SecondMoments
@@ -96,7 +96,7 @@ class Preparation:
             with self.console.stage("load"):
                 self._loaded = load_model(
                     source.model, device=source.device, dtype=source.dtype, seqlen=source.seqlen,
-                    offline=source.offline, trust_remote_code=source.trust_remote_code,
+                    offline=source.offline, trust_remote_code=source.trust_remote_code, stream=source.stream,
                 )  # fmt: skip
         return self._loaded
 
@@ -181,7 +181,7 @@ def statistics(preparation: Preparation, folder: str | None = None) -> Statistic
 
     def make(run: RunFolder, advance: Callable[[str], None]) -> None:
         loaded = preparation.load()
-        for block in walk(loaded.model, loaded.family, preparation.batches):
+        for block in walk(loaded.model, loaded.family, preparation.batches, resident=loaded.block):
             if block.index < run.finished:
                 continue
             meters = block.measure(lambda channels: StreamMeter(channels, loaded.device))
@@ -270,6 +270,6 @@ def _score(kind: str, weight_RC: torch.Tensor, moments: SecondMoments) -> torch.
 
 def _stream_weight(preparation: Preparation, index: int, stream: str) -> torch.Tensor:
     loaded = preparation.load()
-    block = lookup(loaded.model, f"{loaded.family.blocks}.{index}")
     row = next(s for s in loaded.family.streams if s.name == stream)
-    return torch.cat([linear.weight.detach().double().cpu() for linear in linears_of(block, row).values()])
+    with loaded.block(index) as block:
+        return torch.cat([linear.weight.detach().double().cpu() for linear in linears_of(block, row).values()])

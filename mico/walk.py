@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -203,11 +203,22 @@ class _Walker:
                 del block.forward
 
 
-def walk(model: nn.Module, family: Family, batches: Sequence[Batch], *, paired: bool = False) -> Iterator[Block]:
+Resident = Callable[[int], AbstractContextManager[Any]]  # inside, the weights of a block are in memory
+
+
+def walk(
+    model: nn.Module,
+    family: Family,
+    batches: Sequence[Batch],
+    *,
+    paired: bool = False,
+    resident: Resident = nullcontext,
+) -> Iterator[Block]:
     """Yield the blocks of `model` in order, each with the inputs that the blocks before it really produce.
 
     batches: calibration inputs (`token_batches` for text), without padding. paired: also carry the dense model's
-    activations (one more copy of them, and of one block). No graph is built, no global state is touched: gradients
+    activations (one more copy of them, and of one block). resident: for models whose blocks are not all in memory
+    (`LoadedModel.block`). No graph is built, no global state is touched: gradients
     are on between the blocks if they were.
     """
     blocks = lookup(model, family.blocks)
@@ -215,7 +226,8 @@ def walk(model: nn.Module, family: Family, batches: Sequence[Batch], *, paired: 
     with torch.no_grad():
         walker = _Walker(model, blocks, batches)
     for index, module in enumerate(blocks):
-        block = Block(index, module, family, walker, copy.deepcopy(module) if paired else None)
-        yield block
-        if index + 1 < len(blocks):  # nobody reads what leaves the last block
-            block.propagate()
+        with resident(index):
+            block = Block(index, module, family, walker, copy.deepcopy(module) if paired else None)
+            yield block
+            if index + 1 < len(blocks):  # nobody reads what leaves the last block
+                block.propagate()

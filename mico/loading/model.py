@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from mico.checkpoint import verify_checkpoint  # its import also registers the p
 from mico.errors import UserError
 from mico.loading.names import local_folder, source_of
 from mico.loading.safety import check_folder, check_remote_code, fingerprint, reason, some, tensor_shapes
+from mico.loading.streaming import MEMORY_SHARE, BlockStore, free_memory, shell
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_SEQLEN = 2048
@@ -37,6 +38,22 @@ class LoadedModel:
     dtype: torch.dtype
     device: torch.device
     folder: Path  # where config and weights lie on this machine
+    store: BlockStore | None = None  # where the blocks come from when the model is streamed
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Inside, the weights of a block are in memory; they are dropped afterwards when the model is streamed."""
+        if self.store is None:
+            yield lookup(self.model, f"{self.family.blocks}.{index}")
+            return
+        try:
+            yield self.store.fill(index)
+        finally:
+            self.store.empty(index)
+
+    def running(self) -> AbstractContextManager[None]:
+        """Inside, `model` can be called as a whole."""
+        return nullcontext() if self.store is None else self.store.running()
 
 
 @contextmanager
@@ -132,11 +149,13 @@ def load_model(
     offline: bool = False,
     trust_remote_code: bool = False,
     packed: bool = False,
+    stream: bool | None = None,
 ) -> LoadedModel:
     """Load a model and its tokenizer. Everything that can be refused without the weights is refused first.
 
-    dtype 'auto': float32 on the CPU, the checkpoint's own on a GPU. Raises UserError as the checks above do, and
-    when weights are missing, of another shape, or not finite, naming the parameter.
+    dtype 'auto': float32 on the CPU, the checkpoint's own on a GPU. stream: keep the blocks on disk and read each when
+    it is needed; None: when the whole model would take most of the free memory. Raises UserError as the checks above
+    do, and when weights are missing, of another shape, or not finite, naming the parameter.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: choose from auto, {', '.join(DTYPES)}")
@@ -152,16 +171,39 @@ def load_model(
     else:
         _check_size(folder, config, shapes, trust_remote_code)
     wanted: Any = DTYPES.get(dtype) or (torch.float32 if place.type == "cpu" else "auto")
-    model = _weights(folder, config, wanted, trust_remote_code)
+    packed_config = bool(getattr(config, "quantization_config", None))
+    concrete = config.dtype or torch.float32 if wanted == "auto" else wanted
+    size = sum(torch.Size(shape).numel() for shape in shapes.values()) * concrete.itemsize
+    store = None
+    if not packed_config and (size > MEMORY_SHARE * free_memory(place) if stream is None else stream):
+        store = _shell(folder, config, family, concrete, place, trust_remote_code)
+    model = store.model if store else _weights(folder, config, wanted, trust_remote_code)
     if family.prepare is not None:
         family.prepare(model)
     try:
-        model.to(place)
+        if store is None:
+            model.to(place)
     except torch.OutOfMemoryError:
-        raise UserError(f"model {name} does not fit into the memory of {place}: use --device cpu") from None
+        raise UserError(f"model {name} does not fit into the memory of {place}: use --stream") from None
     return LoadedModel(
-        model, tokenizer, family, name, source_of(name, folder), length, fingerprint(folder), model.dtype, place, folder
-    )
+        model, tokenizer, family, name, source_of(name, folder), length, fingerprint(folder), model.dtype, place,
+        folder, store,
+    )  # fmt: skip
+
+
+def _shell(
+    folder: Path, config: Any, family: Family, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+) -> BlockStore:
+    from transformers import AutoModelForCausalLM
+
+    def make(config: Any, dtype: torch.dtype) -> Any:
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation="sdpa", dtype=dtype, trust_remote_code=trust_remote_code
+        )
+
+    store = shell(config, folder, family.blocks, dtype, device, make)
+    store.model.config.use_cache = False
+    return store
 
 
 def _weights(folder: Path, config: Any, dtype: Any, trust_remote_code: bool) -> Any:

@@ -1,0 +1,165 @@
+"""Blocks of a model that is larger than memory, read from the weight files when they are needed.
+
+The model is a shell: embeddings, norms and head are there, every block is on the meta device until it is filled, and
+goes back to it afterwards. Names and fused tensors are converted by transformers, as in a whole load, so the values are
+the same bits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from mico.adapters.family import lookup
+from mico.errors import UserError
+from mico.loading.safety import some, weight_map
+
+MEMORY_SHARE = 0.8  # of the free memory that a whole model may take; above, its blocks are streamed
+
+
+class BlockStore:
+    """Fills and empties the blocks of one shell model. `changed` may put other values into a block just filled."""
+
+    def __init__(self, model: Any, folder: Path, blocks: str, dtype: torch.dtype, device: torch.device) -> None:
+        self.model, self.folder, self._path, self.device = model, folder, blocks, device
+        self.changed: Callable[[int, nn.Module], None] | None = None
+        self._open = ExitStack()
+        self._keys: dict[int | None, list[tuple[Any, str]]] = {}
+        self._checked: set[int | None] = set()
+        self._settings = _settings(model, dtype, device)
+        pattern = re.compile(rf"(?:^|\.){re.escape(blocks.rpartition('.')[2])}\.(\d+)\.")
+        for file in sorted(weight_map(folder)):
+            handle = self._open.enter_context(_opened(folder / file))
+            for key in handle.keys():  # noqa: SIM118 - not a mapping
+                match = None if "vision" in key else pattern.search(key)
+                self._keys.setdefault(int(match[1]) if match else None, []).append((handle, key))
+
+    def fill(self, index: int | None) -> nn.Module:
+        """Read one block (None: all that is outside the blocks); return it. Raises UserError when a tensor is missing."""
+        module = self.model if index is None else lookup(self.model, f"{self._path}.{index}")
+        self._read(index)
+        inside = f"{self._path}."
+        absent = [
+            name
+            for name, parameter in module.named_parameters()
+            if parameter.is_meta and not (index is None and name.startswith(inside))
+        ]
+        if absent:
+            where = "" if index is None else f"{self._path}.{index}: "
+            raise UserError(f"{self.folder}: weights missing: {where}{some(absent)}: fetch the model again")
+        if index not in self._checked:
+            self._check_finite(module, "" if index is None else f"{self._path}.{index}.")
+            self._checked.add(index)
+        if index is not None and self.changed is not None:
+            self.changed(index, module)
+        return module.eval().requires_grad_(False)
+
+    def empty(self, index: int) -> None:
+        """Give the memory of a block back."""
+        for module in lookup(self.model, f"{self._path}.{index}").modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+
+    def _read(self, index: int | None) -> None:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
+        from mico.loading.model import quiet
+
+        state = {key: handle.get_slice(key) for handle, key in self._keys.get(index, [])}
+        with quiet():
+            convert_and_load_state_dict_in_model(self.model, state, self._settings)
+        if index is None:
+            self.model.tie_weights()
+
+    def _check_finite(self, module: nn.Module, prefix: str) -> None:
+        for name, parameter in module.named_parameters():
+            if parameter.is_meta:
+                continue
+            low, high = torch.aminmax(parameter)
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                raise UserError(
+                    f"{self.folder}: '{prefix}{name}' holds NaN or infinite weights in {parameter.dtype}: "
+                    "fetch the model again"
+                )
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, the model can be called: every block is filled just before its forward and emptied after it."""
+        handles = []
+        for index, block in enumerate(lookup(self.model, self._path).children()):
+            handles.append(block.register_forward_pre_hook(lambda *_, index=index: self._fill_only(index)))
+            handles.append(block.register_forward_hook(lambda *_, index=index: self.empty(index)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _fill_only(self, index: int) -> None:
+        self.fill(index)
+
+    def close(self) -> None:
+        self._open.close()
+
+
+def _opened(file: Path) -> Any:
+    from safetensors import safe_open
+
+    return safe_open(file, framework="pt")
+
+
+def _settings(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    mapping = get_model_conversion_mapping(model, None, None)
+    return LoadStateDictConfig(dtype=dtype, device_map={"": device}, weight_mapping=mapping)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Inside, modules are made without memory for their parameters; buffers, which no file holds, are real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+    with patch.object(nn.Module, "register_parameter", on_meta):
+        yield
+
+
+def shell(config: Any, folder: Path, blocks: str, dtype: torch.dtype, device: torch.device, make: Any) -> BlockStore:
+    """A model without its blocks, and the store that fills them. make: builds the model from the config."""
+    from transformers import GenerationConfig
+
+    with _parameters_on_meta():
+        model = make(config, dtype)
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    store = BlockStore(model, folder, blocks, dtype, device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    store.fill(None)
+    model.eval().requires_grad_(False)
+    return store
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on a device; of the host on Linux, elsewhere, where nobody tells, very many."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 1 << 62
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
