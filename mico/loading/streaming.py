@@ -42,7 +42,7 @@ class BlockStore:
                 self._keys.setdefault(int(match[1]) if match else None, []).append((handle, key))
 
     def fill(self, index: int | None) -> nn.Module:
-        """Read one block (None: all that is outside the blocks); return it. Raises UserError when a tensor is missing."""
+        """Read one block (None: all outside the blocks) and return it. Raises UserError when a tensor is missing."""
         module = self.model if index is None else lookup(self.model, f"{self._path}.{index}")
         self._read(index)
         inside = f"{self._path}."
@@ -119,7 +119,7 @@ def _settings(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.modeling_utils import LoadStateDictConfig
 
-    mapping = get_model_conversion_mapping(model, None, None)
+    mapping: Any = get_model_conversion_mapping(model, None, None)
     return LoadStateDictConfig(dtype=dtype, device_map={"": device}, weight_mapping=mapping)
 
 
