@@ -196,6 +196,13 @@ def decode(blob: torch.Tensor, label_C: torch.Tensor | None = None) -> Quantized
     return QuantizedWeight(codes_RC, scale_RG, scale_G, zero_RG, widths, label_C, keep_RC, pattern)
 
 
+def decode_labels(blob: torch.Tensor) -> torch.Tensor:
+    """The channel labels of a blob alone, (C,). Raises ValueError when it holds none, or is damaged."""
+    head, reader = Header.of(blob), _Reader(blob)
+    _widths(head, reader)
+    return _labels(head, reader, None)
+
+
 def decode_rows(blob: torch.Tensor, ids_N: torch.Tensor) -> QuantizedWeight:
     """These rows alone, (N, C), of a blob without mask and mixed widths whose rows fill whole bytes (embeddings).
 

@@ -24,6 +24,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from mico.packed.blob import decode_labels
 from mico.packed.linear import PackedEmbedding, PackedLinear
 
 METHOD = "mico"
@@ -68,6 +69,7 @@ class MicoQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise ValueError("a packed model is loaded from its safetensors files, give its folder")
         headers = _headers(checkpoint_files)
+        _check_complete(model, headers)
         names = dict(_module_names(model, headers))
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         for target, source in list(tied.items()):  # a tied head is stored once, with the embedding
@@ -121,6 +123,23 @@ def _module_names(model: Any, headers: dict[str, tuple[str, list[int]]]) -> Iter
             break
 
 
+def _check_complete(model: Any, headers: dict[str, tuple[str, list[int]]]) -> None:
+    """Raise ValueError naming a tensor that the files lack, which transformers would fill with random numbers.
+
+    Heads other than that of the language model may be new.
+    """
+    prefix = f"{model.base_model_prefix}."
+    stored = {key.removeprefix(prefix) for key in headers}
+    base = getattr(model, model.base_model_prefix, model)
+    wanted = {name: prefix + name for name, _ in base.named_parameters()}
+    head, tied = model.get_output_embeddings(), getattr(model, "all_tied_weights_keys", None) or {}
+    keys = {f"{name}.weight" for name, module in model.named_modules() if module is head}
+    wanted |= {key: key for key in keys if key not in tied}
+    for key, name in wanted.items():
+        if key not in stored:
+            raise ValueError(f"{name} is not in the checkpoint: its weight files are incomplete, fetch it again")
+
+
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -166,18 +185,16 @@ def share_labels(model: Any, config: MicoConfig) -> None:
     for name, module in modules.items():
         if not isinstance(module, (PackedLinear, PackedEmbedding)) or module.weight.is_meta:
             continue
-        shape = module.out_features, module.in_features
+        leader = config.leader(name)
         try:
-            head = module.header()
+            head, shape = module.header(), (module.out_features, module.in_features)
+            if (head.rows, head.channels) != shape:
+                raise ValueError(f"packed {head.rows} x {head.channels}, the model has {shape[0]} x {shape[1]}")
+            if head.borrows and leader not in labels:
+                labels[leader] = decode_labels(modules[leader].weight)  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"{name}.weight: {error}") from None
-        if (head.rows, head.channels) != shape:
-            found = f"{head.rows} x {head.channels}"
-            raise ValueError(f"{name}.weight: packed {found}, the model has {shape[0]} x {shape[1]}")
-        leader = config.leader(name)
-        if head.borrows and leader != name:
-            if leader not in labels:
-                labels[leader] = modules[leader].quantized().label_C  # type: ignore[operator]
+        if head.borrows:
             module.label_C = labels[leader].to(module.weight.device)
 
 

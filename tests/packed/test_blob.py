@@ -27,6 +27,7 @@ from mico.packed.blob import (
     ZEROS,
     Header,
     decode,
+    decode_labels,
     decode_rows,
     encode,
 )
@@ -131,6 +132,7 @@ def test_borrowed_labels_are_handed_in(weight: QuantizedWeight) -> None:
     head = Header.of(blob)
     assert head.borrows == (weight.quantized and not is_equal_runs(weight.label_C, len(weight.bits_G)))
     assert_same(decode(blob, weight.label_C), weight)
+    assert torch.equal(decode_labels(encode(weight)), weight.label_C)
     if head.borrows:
         for labels in (None, weight.label_C[:-1]):
             with pytest.raises(ValueError, match="labels lie with another Linear of the stream, which is not here"):
