@@ -17,8 +17,7 @@ from torch.nn import functional
 
 from mico.packed.blob import Header, decode, decode_rows
 from mico.packed.cpu import prepare_cpu
-from mico.packed.gpu import available as gpu_available
-from mico.packed.gpu import prepare_gpu
+from mico.packed.gpu import available, prepare_gpu
 from mico.packed.quantized import QuantizedWeight
 
 EXECUTIONS = ("auto", "packed", "dense")
@@ -178,7 +177,7 @@ class PackedLinear(_Packed):
 def has_kernel(x: torch.Tensor) -> bool:
     """Whether there is a kernel for activations of this dtype on this device."""
     if x.device.type == "cuda":
-        return x.dtype in (torch.bfloat16, torch.float16) and gpu_available()
+        return x.dtype in (torch.bfloat16, torch.float16) and available()
     return x.device.type == "cpu" and x.dtype == torch.bfloat16
 
 

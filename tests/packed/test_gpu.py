@@ -6,6 +6,7 @@ runs this file again in a process of its own. With a device the same cases run o
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -17,7 +18,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
+from benchmarks import gpu_kernel
 from mico.packed import gpu
 from mico.packed.bits import TERNARY, levels
 from mico.packed.gpu import available, prepare_gpu, prepare_sparse24
@@ -350,3 +353,31 @@ def test_sparse24_on_a_device():
     exact_BR = x_BC.double() @ quantized.dequantize(torch.float16).double().T
     torch.testing.assert_close(y_BR.double(), exact_BR, rtol=2e-3, atol=2e-3)
     assert weight.nbytes < 0.6 * 2 * quantized.codes_RC.numel()
+
+
+# --- benchmark ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the benchmark would run")
+def test_the_benchmark_says_in_one_line_that_it_needs_a_device():
+    with pytest.raises(SystemExit, match=r"^gpu_kernel: needs a CUDA device and Triton[^\n]*$"):
+        gpu_kernel.main([])
+
+
+def test_the_benchmark_divides_by_the_copy_and_by_the_dense_product():
+    measured = [
+        gpu_kernel.Measured("dense bfloat16", 1, 10e-6, 2_000_000),
+        gpu_kernel.Measured("4 bits", 1, 4e-6, 500_000),
+    ]
+    console = Console(width=110, record=True, file=io.StringIO())
+    console.print(gpu_kernel.table(measured, 1_000_000, 250e9, "t"))
+    line = next(line for line in console.export_text().splitlines() if "4 bits" in line)
+    assert re.findall(r"[\d.]+", line) == ["4", "1", "0.500", "4.0", "125", "0.50", "2.50"]
+
+
+@pytest.mark.parametrize("masked, pattern", [(False, False), (True, False), (True, True)])
+def test_the_benchmark_measures_what_it_says(masked, pattern):
+    quantized = gpu_kernel.weight(64, 128, (2, 8), masked, pattern)
+    assert (quantized.codes_RC.amax(0) < torch.tensor([4, 256])[quantized.label_C]).all()
+    kept = 1.0 if quantized.keep_RC is None else quantized.keep_RC.float().mean().item()
+    assert abs(kept - (0.5 if masked else 1)) < 0.02 and (quantized.pattern == (2, 4)) == pattern
