@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mico.plugin import load, register_when_needed
 
 if TYPE_CHECKING:
+    from mico.bench import bench
     from mico.calibrate import calibrate
     from mico.compress import compress
     from mico.evaluate import evaluate
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from mico.report import report
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "calibrate", "compress", "evaluate", "export", "load", "mi_group", "report"]
+__all__ = ["__version__", "bench", "calibrate", "compress", "evaluate", "export", "load", "mi_group", "report"]
 
 register_when_needed()
 

@@ -172,6 +172,24 @@ def export(
     _show(section(run(model, to=to, save=save, dtype=dtype, json=json, console=_console(quiet, verbose))))
 
 
+@app.command(epilog="Example: mico bench results/tiny-llama-mico-1a2b3c4d --batch-size 1,64")
+def bench(
+    model: o.Model, prompt_tokens: o.PromptTokens = 128, new_tokens: o.NewTokens = 32, batch_size: o.BatchSizes = "1",
+    execution: o.Execution = "auto", repeats: o.Repeats = 3, device: o.Device = "auto", dtype: o.Dtype = "bfloat16",
+    json: o.JsonFile = None, debug: o.Debug = False, verbose: o.Verbose = 0, quiet: o.Quiet = False,
+) -> None:  # fmt: skip
+    """Speed and memory of a packed model beside the dense model of the same weights, in one run."""
+    _before_imports(False, quiet)
+    from mico.bench import bench as run
+    from mico.bench import section
+
+    result = run(
+        model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch_size=batch_size, execution=execution,
+        repeats=repeats, device=device, dtype=dtype, json=json, console=_console(quiet, verbose),
+    )  # fmt: skip
+    _show(section(result))
+
+
 @app.command(epilog="Example: mico report results/tiny-llama-original-* results/tiny-llama-mi-*")
 def report(
     runs: o.Runs, json: o.JsonFile = None, markdown: o.MarkdownFile = None, debug: o.Debug = False

@@ -176,6 +176,19 @@ Target = Annotated[
 ExportDtype = Annotated[
     str, _option(_RUN, "--dtype", metavar="NAME", help="Of a dense export; auto is the checkpoint's own.")
 ]
+PromptTokens = Annotated[int, _option(_RUN, "--prompt-tokens", help="Tokens of the prompt (prefill).")]
+NewTokens = Annotated[int, _option(_RUN, "--new-tokens", help="Tokens that are generated after it (decode).")]
+BatchSizes = Annotated[
+    str, _option(_RUN, "--batch-size", metavar="N,N", help="Sequences at a time; several with commas, as 1,64.")
+]
+Repeats = Annotated[int, _option(_RUN, "--repeats", help="Runs of each model; they take turns.")]
+Execution = Annotated[
+    str,
+    _option(
+        _RUN, "--execution", metavar="NAME",
+        help="auto: kernels for few tokens, dense weights for many; packed: never keep a dense weight; dense: always.",
+    ),
+]  # fmt: skip
 Strict = Annotated[bool, _option(_RUN, "--strict", help="Exit with 3 when a fallback was needed.")]
 JsonFile = Annotated[str | None, _option(_RUN, "--json", metavar="FILE", help="Write the figures here as JSON.")]
 MarkdownFile = Annotated[str | None, _option(_RUN, "--markdown", metavar="FILE", help="Write what is shown here.")]

@@ -40,13 +40,17 @@ SURFACE: dict[str, dict[str, Any]] = {
     "compress": {
         "model": None, **SOURCE, **GROUPS, **RUN, "--groups": None, "--use-mi-grouping --no-mi-grouping": None,
         "--sparsity": None, "--pattern": None, "--wbits": 4, "--target-avg-bits": None, "--method": None,
-        "--arm": None, "--allocation": None, "--group-size": None, "--percdamp": 0.01, "--blocksize": 128, "--embed-bits": 16,
-        "--profile": None,
+        "--arm": None, "--allocation": None, "--group-size": None, "--percdamp": 0.01, "--blocksize": 128,
+        "--embed-bits": 16, "--profile": None,
         "--eval": None, "--save": None, "--strict": False, "--json": None,
     },
     "eval": {
         "model": None, "--eval": None, "--data-dir": None, "--data-file": None, "--seqlen": None, "--batch-size": 8,
         "--offline": False, "--trust-remote-code": False, "--device": "auto", "--dtype": "auto", "--json": None, **RUN,
+    },
+    "bench": {
+        "model": None, "--prompt-tokens": 128, "--new-tokens": 32, "--batch-size": "1", "--execution": "auto",
+        "--repeats": 3, "--device": "auto", "--dtype": "bfloat16", "--json": None, **RUN,
     },
     "report": {"runs": None, "--json": None, "--markdown": None, "--debug": False},
     "export": {
@@ -54,7 +58,7 @@ SURFACE: dict[str, dict[str, Any]] = {
     },
     "models": {},
 }  # fmt: skip
-VERBS = {"calibrate": "calibrate", "mi-group": "mi_group", "compress": "compress", "eval": "evaluate"}
+VERBS = {"calibrate": "calibrate", "mi-group": "mi_group", "compress": "compress", "eval": "evaluate", "bench": "bench"}
 
 
 @pytest.fixture(scope="module")

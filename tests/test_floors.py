@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # from the roof to the basement; a room is one top-level file or folder of mico/
     ("cli", {"__init__", "__main__", "cli", "options"}),
-    ("verbs", {"calibrate", "mi_group", "compress", "evaluate", "export", "report"}),
+    ("verbs", {"bench", "calibrate", "mi_group", "compress", "evaluate", "export", "report"}),
     (
         "middle",
         {"walk", "loading", "methods", "perplexity", "files", "runs", "stages", "solve", "reference"}
