@@ -37,7 +37,7 @@ class Profile:
 
     def check(self, wbits: int, target_avg_bits: float | None, group_size: int | None) -> None:
         """Raise UserError unless the target holds such codes and groups."""
-        if target_avg_bits is None and wbits not in self.widths:
+        if wbits not in self.widths and (target_avg_bits is None or wbits == 16):
             raise UserError(f"--wbits {wbits}: --profile {self.name} holds {_list(self.widths)} bits")
         low, high = self.widths[0], self.widths[-1]
         if target_avg_bits is not None and not low <= target_avg_bits <= high:

@@ -27,7 +27,7 @@ from mico.settings import (
 UNSET: dict[str, Any] = dict(
     sparsity=None, pattern=None, wbits=4, target_avg_bits=None, n_groups="auto", use_mi_grouping=None, grouping=None,
     mi_method="gaussian", cluster="spectral", method=None, arm=None, allocation=None, group_size=None, percdamp=0.01,
-    blocksize=128, profile=None,
+    blocksize=128, profile=None, embed_bits=16,
 )  # fmt: skip
 NAN = float("nan")
 
@@ -95,6 +95,13 @@ def test_groupings_that_are_refused(given, message):
         (dict(group_size=64, grouping=Grouping()), "--group-size 64 and channel groups exclude each other"),
         (dict(method="gptq", sparsity=0.5), "--method gptq does not prune"),
         (dict(method="gptq", pattern=(2, 4)), "--method gptq does not prune"),
+        (dict(profile="onnx", wbits=4), "--profile onnx: choose from vllm, gguf"),
+        (dict(profile="vllm", wbits=16), "--wbits 16: --profile vllm holds 2, 3, 4, 5, 6, 7 or 8 bits"),
+        (dict(profile="vllm", wbits=16, target_avg_bits=4.0), "--wbits 16: --profile vllm holds"),
+        (dict(profile="gguf", wbits=6), "--wbits 6: --profile gguf holds 4, 5 or 8 bits"),
+        (dict(profile="gguf", wbits=4, target_avg_bits=3.5), "--target-avg-bits 3.5: --profile gguf holds 4 to 8 bits"),
+        (dict(profile="gguf", wbits=4, group_size=64), "--group-size 64: --profile gguf has 32 channels"),
+        (dict(profile="vllm", wbits=4, group_size=48), "--group-size 48: --profile vllm has 128, 64 or 32 channels"),
         (dict(percdamp=0.0), "--percdamp 0.0: must be above 0"),
         (dict(percdamp=-0.01), "--percdamp -0.01: must be above 0"),
         (dict(percdamp=NAN), "--percdamp nan: must be above 0"),
@@ -213,3 +220,28 @@ def test_records_are_plain_json_and_frozen():
     assert plain["target_avg_bits"] == 3.0 and set(plain) == {f.name for f in dataclasses.fields(Compression)}
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.wbits = 3
+
+
+@pytest.mark.parametrize("method", ["mico", "sparsegpt", "gptq", "wanda", "rtn"])
+def test_a_profile_settles_groups_and_does_not_prune_unasked(method):
+    found = resolved(profile="vllm", method=method, target_avg_bits=4.5)
+    assert (found.profile, found.method, found.grouping, found.sparsity) == ("vllm", method, None, 0.0)
+    assert found.allocates and not resolved(profile="vllm", method=method).allocates
+    assert resolved(profile="gguf").method == "mico" and resolved(profile="vllm", sparsity=0.5).sparsity == 0.5
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(profile="best"), "--profile best: choose from vllm, gguf"),
+        (dict(profile="vllm", arm="mi"), "--arm contradicts --profile vllm, whose groups are consecutive channels"),
+        (dict(profile="vllm", use_mi_grouping=True), "--use-mi-grouping contradicts --profile vllm"),
+        (dict(profile="gguf", grouping="random"), "--grouping contradicts --profile gguf"),
+        (dict(profile="gguf", n_groups=4), "--n-groups contradicts --profile gguf"),
+        (dict(profile="gguf", mi_method="knn"), "--mi-method contradicts --profile gguf"),
+        (dict(profile="gguf", cluster="kmeans"), "--cluster contradicts --profile gguf"),
+        (dict(profile="vllm", allocation="thresholds"), "--allocation thresholds contradicts --profile vllm (rate)"),
+    ],
+)
+def test_what_contradicts_a_profile(given, message):
+    refused(message, resolved, **given)

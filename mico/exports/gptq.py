@@ -78,8 +78,8 @@ def export_gptq(source: PackedSource, out: Path, console: Console) -> Exported:
 
     Raises UserError before anything is written, naming the weights that the format cannot hold exactly.
     """
-    layout = plan(source, console)
-    names = [name for together in fused_sets(source) for name in together]
+    layout, own_bits = plan(source, console)
+    names = list(own_bits)
     tensors, rounded = dense_tensors(source, [name for name in source.weights if name not in names])
     with console.bar("write", len(names)) as advance:
         for name in names:
@@ -89,6 +89,8 @@ def export_gptq(source: PackedSource, out: Path, console: Console) -> Exported:
     files = write_folder(source, out, tensors, layout.config())
     grid = "symmetric" if layout.symmetric else "with zero points"
     notes = [f"{len(names)} Linears of {layout.bits} bits, {grid}, checkpoint_format {layout.kind}"]
+    if widened := sum(layout.bits > bits for bits in own_bits.values()):
+        notes.append(f"{widened} Linears lie in wider codes than their own, with the same values: GPTQ has one width")
     with console.stage("check"):
         error = _verify_files(source, out, names, layout)
         checked = _verify_loaded(source, out, names)
@@ -99,8 +101,11 @@ def export_gptq(source: PackedSource, out: Path, console: Console) -> Exported:
 # --- one layout for all ---------------------------------------------------------------------------------------------
 
 
-def plan(source: PackedSource, console: Console) -> Layout:
-    """The narrowest layout that holds every Linear of the blocks. Raises UserError naming those that fit none."""
+def plan(source: PackedSource, console: Console) -> tuple[Layout, dict[str, int]]:
+    """The narrowest layout that holds every Linear of the blocks, and the width that each has of its own.
+
+    Raises UserError naming those that fit none.
+    """
     found: dict[str, Facts] = {}
     reasons: dict[str, str] = {}
     names = [name for together in fused_sets(source) for name in together]
@@ -116,7 +121,7 @@ def plan(source: PackedSource, console: Console) -> Layout:
         raise UserError("--to gptq: no Linear of this model is packed: export it with --to dense")
     uneven = {n: f"its shape is {f.shape}" for n, f in found.items() if any(side % WORD for side in f.shape)}
     refuse("gptq", uneven, f"multiples of {WORD} are needed, export with --to vllm or --to dense")
-    return _layout(list(found.values()))
+    return _layout(list(found.values())), {name: facts.own_bits for name, facts in found.items()}
 
 
 def _facts(weight: QuantizedWeight) -> Facts:

@@ -195,3 +195,21 @@ def test_thresholds_give_way_from_the_least_important():
         widths = allocate_thresholds([importance], [kept], budget)[0]
         assert list(widths) == sorted(widths, reverse=True)
         assert sum(widths) * 10 == budget
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 10_000), share=st.floats(0, 1), widths=st.sampled_from([(4, 5, 8), (4, 8), (3,)]))
+def test_a_choice_of_widths_is_kept_to_and_as_good_as_enumeration(seed, share, widths):
+    """Columns of other widths are not there; within one step of the best of all choices."""
+    columns = [WIDTHS.index(bits) for bits in widths]
+    made = [RateTable(t.distortion_GW[:, columns], t.kept_G) for t in tables(seed)]
+    kept, stacked = (np.concatenate(parts) for parts in zip(*((t.kept_G, t.distortion_GW) for t in made), strict=True))
+    budget = kept.sum() * (widths[0] + share * (widths[-1] - widths[0]))
+    found = flat(allocate_rate(made, budget, widths))
+    assert set(found) <= set(widths) and (found * kept).sum() <= budget + 1e-9
+    choices = np.array(list(itertools.product(range(len(widths)), repeat=len(kept))))
+    fits = (np.array(widths)[choices] * kept).sum(1) <= budget + 1e-9
+    reached = stacked[np.arange(len(kept)), [widths.index(bits) for bits in found]].sum()
+    best = stacked[np.arange(len(kept)), choices[fits]].sum(1).min()
+    step = max(float((t.distortion_GW[:, :1] - t.distortion_GW).max()) for t in made)
+    assert best - 1e-9 <= reached <= best + step + 1e-9

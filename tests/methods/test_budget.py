@@ -12,9 +12,9 @@ from mico.channels.allocation import WIDTHS, RateTable
 from mico.channels.meters import SecondMoments
 from mico.channels.plan import ChannelGroups, LayerPlan
 from mico.methods import METHODS, Layer, StreamProblem
-from mico.methods.budget import SAMPLED_ROWS, Budget, Demand, demand, factored_bits, plain_bits
+from mico.methods.budget import SAMPLED_ROWS, Budget, Demand, demand, factored_bits, plain_bits, shared
 from mico.methods.sweep import factorize
-from mico.packed.grid import SHRINKS
+from mico.packed.grid import SHRINKS, group_errors
 from mico.packed.quantized import QuantizedWeight
 
 CHANNELS, GROUPS = 64, 4
@@ -178,3 +178,37 @@ def test_layout_costs_equal_what_is_stored(groups):
         sizes[name] = METHODS["sparsegpt"](problem)[0].quantized.stored_bits()
     assert factored_bits(weight_RC, groups) == sum(sizes["mixed"][part] for part in ("scales", "zeros", "widths"))
     assert plain_bits(weight_RC, 4) == sum(sizes["plain"][part] for part in ("scales", "zeros", "widths"))
+
+
+def test_linears_that_share_a_width_are_one_account():
+    """Their table is the sum, they are given one width, and are charged together."""
+    members = [planned([100, 50], 1), planned([30, 20], 2)]
+    together, alone = shared(members), planned([200], 3)
+    expected = sum(need.table.distortion_GW.sum(0) for need in members)
+    np.testing.assert_allclose(together.table.distortion_GW, expected[None])
+    assert together.table.kept_G.tolist() == [200.0] and len(together.importance_G) == 1
+    budget = Budget({"set": together, "alone": alone}, "rate", 400 * 4.0)
+    (bits,) = budget.widths(["set"])["set"]
+    budget.spend("set", finished((bits, bits), [100, 50]), finished((bits, bits), [30, 20]))
+    (other,) = budget.widths(["alone"])["alone"]
+    budget.spend("alone", finished((other,), [200]))
+    assert bits + other == 8 and budget.missed_by == 0 and not budget.exceeded
+    short = Budget({"alone": alone}, "rate", 200 * 4.0)
+    short.spend("alone", finished((5,), [200]))
+    assert short.exceeded and short.missed_by == pytest.approx(1.0)
+
+
+def test_demand_on_whole_levels_at_given_widths():
+    weight_RC = torch.randn(12, CHANNELS, generator=torch.Generator().manual_seed(4))
+    moments = SecondMoments.empty(CHANNELS)
+    moments.add(torch.randn(300, CHANNELS, generator=torch.Generator().manual_seed(5)))
+    factor = factorize(moments.hessian_CC, 0.01)
+    groups = ChannelGroups.contiguous(CHANNELS, 32)
+    plan = LayerPlan(groups, (4, 4), integer=True)
+    found = demand(weight_RC, moments.gram_CC, factor, plan, True, (4, 5, 8))
+    assert found.table.distortion_GW.shape == (2, 3) and (np.diff(found.table.distortion_GW) < 0).all()
+    price_RC = (1 / factor.pivots_C.float().square()).expand_as(weight_RC)
+    energy = float(((weight_RC @ moments.gram_CC.float()) * weight_RC).sum())
+    for column, bits in enumerate((4, 5, 8)):
+        error_G = group_errors(weight_RC, price_RC, groups.label_C, 2, bits, whole=True).numpy()
+        np.testing.assert_allclose(found.table.distortion_GW[:, column], error_G / energy, rtol=1e-4)
