@@ -38,6 +38,7 @@ from mico.packed.quantized import QuantizedWeight
 FORMAT = "pack-quantized"
 TOLERANCE = 1e-6
 WORD = 32  # bits
+SERVED = {torch.float32: torch.float16}  # the dtype that a model is computed in, where it is not its own
 
 # What vLLM reads and accepts for weights of whole numbers without activation quantization (its WNA16 scheme).
 GROUP_SIZES = (128, 64, 32)  # of its Marlin kernels; None is one group a row
@@ -85,7 +86,7 @@ def export_compressed_tensors(source: PackedSource, out: Path, console: Console)
     """
     version = _library()
     dtype = model_dtype(source)
-    planned = plan(source, dtype, console)
+    planned = plan(source, SERVED.get(dtype, dtype), console)
     schemes = planned.schemes
     config = quantization_config(schemes, dense_linears(source, schemes), source.family.blocks, version)
     complaints = refused_by_vllm(config)
@@ -118,7 +119,7 @@ def _library() -> str:
 def plan(source: PackedSource, dtype: torch.dtype, console: Console) -> Plan:
     """The scheme of every quantized Linear of the blocks. Raises UserError naming those that have none.
 
-    Linears that are joined take the widest of their widths: wider codes hold the same levels.
+    dtype: that scales must be exact in. Linears that are joined take the widest of their widths: wider codes hold the same levels.
     """
     schemes: dict[str, Scheme] = {}
     reasons: dict[str, str] = {}
@@ -280,7 +281,7 @@ def _notes(planned: Plan, dtype: torch.dtype) -> list[str]:
     if not counts.keys() <= {4, 8}:
         notes.append("widths other than 4 and 8: transformers, and vLLM with its Humming kernels, but not SGLang")
     if dtype == torch.float32:
-        notes.append("a float32 model: vLLM computes in 16 bits, choose with its --dtype")
+        notes.append("a float32 model: vLLM computes in 16 bits, its --dtype float16 holds every scale")
     return notes
 
 
