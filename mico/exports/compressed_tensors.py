@@ -119,7 +119,8 @@ def _library() -> str:
 def plan(source: PackedSource, dtype: torch.dtype, console: Console) -> Plan:
     """The scheme of every quantized Linear of the blocks. Raises UserError naming those that have none.
 
-    dtype: that scales must be exact in. Linears that are joined take the widest of their widths: wider codes hold the same levels.
+    dtype: that scales must be exact in. Linears that are joined take the widest of their widths: wider codes hold
+    the same levels.
     """
     schemes: dict[str, Scheme] = {}
     reasons: dict[str, str] = {}
