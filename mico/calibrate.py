@@ -28,6 +28,7 @@ def calibrate(
     dtype: str = "auto",
     offline: bool = False,
     trust_remote_code: bool = False,
+    stream: bool | None = None,
     save: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -38,8 +39,9 @@ def calibrate(
     """
     console = console or Console()
     source = Source(
-        model, calib, data_dir, data_file, nsamples, seqlen, batch_size, seed, device, dtype, offline, trust_remote_code
-    )
+        model, calib, data_dir, data_file, nsamples, seqlen, batch_size, seed, device, dtype, offline,
+        trust_remote_code, stream,
+    )  # fmt: skip
     preparation = Preparation(source, console)
     found = statistics(preparation, save)
     records = (found.run.path / "layers.jsonl").read_text(encoding="utf-8").splitlines()

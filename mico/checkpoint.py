@@ -9,25 +9,41 @@ README.md            the model card
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
 
-from mico.adapters.family import Family
+from mico.adapters.family import Family, lookup
 from mico.errors import UserError
-from mico.files import atomic_json, read_json, sha256_file
+from mico.files import atomic_json, read_json, save_tensors, sha256_file
 from mico.packed.blob import encode
-from mico.packed.hf import METHOD, SHIPPED, MicoConfig, MicoQuantizer, packed_class, put, share_labels, tie_head
+from mico.packed.hf import (
+    METHOD,
+    SHIPPED,
+    MicoConfig,
+    MicoQuantizer,
+    packed_class,
+    put,
+    share_labels,
+    shipped_source,
+    tie_head,
+)
 from mico.packed.linear import EXECUTIONS, PackedEmbedding, PackedLinear
 from mico.packed.quantized import QuantizedWeight, is_equal_runs
 from mico.settings import choose
 
 MANIFEST = "mico_manifest.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FORMAT, VERSION = "mico-packed", 1
-SHARD_SIZE = "5GB"
+SHARD_BYTES = 5 * 10**9
+SHARD_SIZE = "5GB"  # the same, as transformers takes it
 
 
 def pack_model(model: Any, family: Family, parts: Iterable[Mapping[str, QuantizedWeight]], dtype: torch.dtype) -> None:
@@ -36,7 +52,7 @@ def pack_model(model: Any, family: Family, parts: Iterable[Mapping[str, Quantize
     parts: weights by module name (Linears or embeddings), those of a block together; their values in the model are
     dropped. dtype: what all other tensors are stored in where they fit exactly (that of the checkpoint it came from).
     """
-    config = MicoConfig(streams=[stream.linears for stream in family.streams if len(stream.linears) > 1])
+    config = packed_config(family)
     tied = _tied_head(model)
     for weights in parts:
         for name, quantized in weights.items():
@@ -49,8 +65,8 @@ def pack_model(model: Any, family: Family, parts: Iterable[Mapping[str, Quantize
     quantizer = MicoQuantizer(config)
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, METHOD
     model.config.quantization_config = config
-    name = type(model).__name__
-    model.config.auto_map = {"AutoModelForCausalLM": f"{Path(SHIPPED).stem}.{name}"}
+    if auto_map := _auto_map(model, family):
+        model.config.auto_map = auto_map
     model.__class__ = packed_class(type(model))
 
 
@@ -76,10 +92,7 @@ def _packed(
     dtype: torch.dtype,
 ) -> nn.Module:  # fmt: skip
     old = model.get_submodule(name)
-    leader = config.leader(name)
-    borrow = leader != name and not is_equal_runs(quantized.label_C, len(quantized.bits_G))
-    assert not borrow or torch.equal(weights[leader].label_C.cpu(), quantized.label_C.cpu()), name
-    blob = encode(quantized, borrow_labels=borrow)
+    blob = packed_blob(name, weights, config)
     if isinstance(old, nn.Embedding):
         packed: nn.Module = PackedEmbedding(old.num_embeddings, old.embedding_dim, len(blob), dtype)
     else:
@@ -87,6 +100,127 @@ def _packed(
         packed = PackedLinear(old.in_features, old.out_features, len(blob), bias)
     packed.weight = blob
     return packed
+
+
+class ShardWriter:
+    """The weight files of a checkpoint, written as their tensors come, under their names only when all are there.
+
+    Tensors are cut into files as `save_pretrained` cuts them: in the order given, at most `limit` bytes each.
+    """
+
+    def __init__(self, folder: Path, limit: int = SHARD_BYTES) -> None:
+        self._folder, self._limit = folder, limit
+        self._waiting: dict[str, torch.Tensor] = {}
+        self._files: list[tuple[Path, list[str]]] = []
+        self._size = self.bytes = 0
+
+    def add(self, key: str, tensor: torch.Tensor) -> None:
+        """Take one tensor; it may be changed afterwards only when its file has been written."""
+        if self._waiting and self._size + tensor.nbytes > self._limit:
+            self._flush()
+        self._waiting[key] = tensor
+        self._size += tensor.nbytes
+        self.bytes += tensor.nbytes
+
+    def _flush(self) -> None:
+        file = self._folder / f"shard-{len(self._files)}"
+        save_tensors(file, self._waiting, {"format": "pt"})
+        self._files.append((file, list(self._waiting)))
+        self._waiting, self._size = {}, 0
+
+    def finish(self) -> None:
+        """Write what is left, name the files, and index them when there are several."""
+        self._flush()
+        count = len(self._files)
+        weight_map: dict[str, str] = {}
+        for number, (file, keys) in enumerate(self._files, 1):
+            name = WEIGHTS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            file.rename(self._folder / name)
+            weight_map |= dict.fromkeys(keys, name)
+        if count > 1:
+            atomic_json(self._folder / INDEX, dict(metadata=dict(total_size=self.bytes), weight_map=weight_map))
+
+
+def save_packed(
+    folder: Path,
+    model: Any,
+    family: Family,
+    tables: Mapping[str, QuantizedWeight],
+    weights: Callable[[int], Mapping[str, QuantizedWeight]],
+    dtype: torch.dtype,
+    resident: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+) -> int:
+    """Write the packed checkpoint of a model whose values are in place; return the bytes outside the packed Linears.
+
+    tables: packed embeddings by module name; weights: the packed Linears of a block by module name; resident: inside,
+    the other tensors of a block are in memory; one block is held at a time. dtype: see `pack_model`.
+    """
+    config, writer = packed_config(family), ShardWriter(folder)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    keys = [key for key in model.state_dict() if key not in tied]
+    inside = f"{family.blocks}."
+    first = next(place for place, key in enumerate(keys) if key.startswith(inside))
+    rest = _add(writer, keys[:first], model, tables, config, dtype, linears={})
+    for index in range(len(lookup(model, family.blocks))):  # type: ignore[arg-type]
+        packed = weights(index)
+        own = [key for key in keys if key.startswith(f"{inside}{index}.")]
+        with resident(index):
+            rest += _add(writer, own, model, packed, config, dtype, linears=packed)
+    last = [key for key in keys[first:] if not key.startswith(inside)]
+    rest += _add(writer, last, model, tables, config, dtype, linears={})
+    writer.finish()
+    _write_settings(folder, model, family, config, dtype)
+    return rest
+
+
+def _add(
+    writer: ShardWriter, keys: Sequence[str], model: Any, packed: Mapping[str, QuantizedWeight], config: MicoConfig,
+    dtype: torch.dtype, linears: Mapping[str, QuantizedWeight],
+) -> int:  # fmt: skip
+    """Hand tensors to the writer, packed where there are codes; return the bytes of those that are no Linear's part."""
+    state, rest = model.state_dict(), 0
+    found: dict[str, torch.Tensor] = {}
+    for key in keys:
+        name, _, part = key.rpartition(".")
+        wanted = part == "weight" and name in packed
+        found[key] = packed_blob(name, packed, config) if wanted else exactly(state[key].detach(), dtype).cpu()
+        rest += 0 if name in linears else found[key].nbytes
+    for key, tensor in revert_weight_conversion(model, found).items():  # to the names of the base model's files
+        writer.add(key, tensor)
+    return rest
+
+
+def _write_settings(folder: Path, model: Any, family: Family, config: MicoConfig, dtype: torch.dtype) -> None:
+    """What `save_pretrained` writes beside the weights."""
+    described = copy.deepcopy(model.config)
+    described.quantization_config = config
+    if auto_map := _auto_map(model, family):
+        described.auto_map = auto_map
+    described.dtype = str(dtype).removeprefix("torch.")
+    described.architectures = [type(model).__name__]
+    described.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    (folder / SHIPPED).write_text(shipped_source(), encoding="utf-8")
+
+
+def packed_config(family: Family) -> MicoConfig:
+    """What config.json says of the packing: which Linears of a block share channel labels."""
+    return MicoConfig(streams=[stream.linears for stream in family.streams if len(stream.linears) > 1])
+
+
+def packed_blob(name: str, weights: Mapping[str, QuantizedWeight], config: MicoConfig) -> torch.Tensor:
+    """The blob of one weight; labels that another Linear of the stream holds too are left to that one."""
+    quantized, leader = weights[name], config.leader(name)
+    borrow = leader != name and not is_equal_runs(quantized.label_C, len(quantized.bits_G))
+    assert not borrow or torch.equal(weights[leader].label_C.cpu(), quantized.label_C.cpu()), name
+    return encode(quantized, borrow_labels=borrow)
+
+
+def _auto_map(model: Any, family: Family) -> dict[str, str] | None:
+    """Which class of the shipped code loads the model; None for a class of mico itself, which is not in it."""
+    name = type(model).__name__
+    return {family.auto: f"{Path(SHIPPED).stem}.{name}"} if hasattr(transformers, name) else None
 
 
 def set_execution(model: nn.Module, execution: str | None) -> None:

@@ -62,7 +62,7 @@ def _app(
 def calibrate(
     model: o.Model, calib: o.Calib = None, data_dir: o.DataDir = None, data_file: o.DataFile = None,
     nsamples: o.Nsamples = 128, seqlen: o.Seqlen = None, batch_size: o.BatchSize = 8, seed: o.Seed = 0,
-    offline: o.Offline = False, trust_remote_code: o.TrustRemoteCode = False, save: o.Save = None,
+    offline: o.Offline = False, trust_remote_code: o.TrustRemoteCode = False, stream: o.Stream = None, save: o.Save = None,
     device: o.Device = "auto", dtype: o.Dtype = "auto", debug: o.Debug = False, verbose: o.Verbose = 0,
     quiet: o.Quiet = False,
 ) -> None:  # fmt: skip
@@ -74,7 +74,7 @@ def calibrate(
     result = run(
         model, calib=calib, data_dir=data_dir, data_file=data_file, nsamples=nsamples, seqlen=seqlen,
         batch_size=batch_size, seed=seed, device=device, dtype=dtype, offline=offline,
-        trust_remote_code=trust_remote_code, save=save, console=_console(quiet, verbose),
+        trust_remote_code=trust_remote_code, stream=stream, save=save, console=_console(quiet, verbose),
     )  # fmt: skip
     _show(section(result))
 
@@ -83,7 +83,7 @@ def calibrate(
 def mi_group(
     model: o.Model, calib: o.Calib = None, data_dir: o.DataDir = None, data_file: o.DataFile = None,
     nsamples: o.Nsamples = 128, seqlen: o.Seqlen = None, batch_size: o.BatchSize = 8, seed: o.Seed = 0,
-    offline: o.Offline = False, trust_remote_code: o.TrustRemoteCode = False,
+    offline: o.Offline = False, trust_remote_code: o.TrustRemoteCode = False, stream: o.Stream = None,
     n_groups: o.NGroups = "auto", grouping: o.GroupingKind = "mi", mi_method: o.MiMethod = "gaussian",
     cluster: o.Cluster = "spectral", statistics: o.StatisticsDir = None, save: o.Save = None,
     device: o.Device = "auto", dtype: o.Dtype = "auto", debug: o.Debug = False, verbose: o.Verbose = 0,
@@ -97,7 +97,7 @@ def mi_group(
     result = run(
         model, n_groups=_count(n_groups), grouping=grouping, mi_method=mi_method, cluster=cluster, calib=calib,
         data_dir=data_dir, data_file=data_file, nsamples=nsamples, seqlen=seqlen, batch_size=batch_size, seed=seed,
-        device=device, dtype=dtype, offline=offline, trust_remote_code=trust_remote_code, statistics=statistics,
+        device=device, dtype=dtype, offline=offline, trust_remote_code=trust_remote_code, stream=stream, statistics=statistics,
         save=save, console=_console(quiet, verbose),
     )  # fmt: skip
     _show(section(result))
@@ -107,7 +107,7 @@ def mi_group(
 def compress(
     model: o.Model, calib: o.Calib = None, data_dir: o.DataDir = None, data_file: o.DataFile = None,
     nsamples: o.Nsamples = 128, seqlen: o.Seqlen = None, batch_size: o.BatchSize = 8, seed: o.Seed = 0,
-    eval: o.Eval = None, offline: o.Offline = False, trust_remote_code: o.TrustRemoteCode = False,
+    eval: o.Eval = None, offline: o.Offline = False, trust_remote_code: o.TrustRemoteCode = False, stream: o.Stream = None,
     sparsity: o.Sparsity = None, pattern: o.Pattern = None, wbits: o.Wbits = 4,
     target_avg_bits: o.TargetAvgBits = None, method: o.Method = None, arm: o.Arm = None,
     allocation: o.Allocation = None, group_size: o.GroupSize = None, percdamp: o.Percdamp = 0.01,
@@ -131,7 +131,7 @@ def compress(
             blocksize=blocksize, profile=profile, embed_bits=embed_bits, calib=calib, nsamples=nsamples, seqlen=seqlen,
             batch_size=batch_size, seed=seed, device=device, dtype=dtype, eval=eval, save=save, data_dir=data_dir,
             data_file=data_file, statistics=statistics, groups=groups, offline=offline,
-            trust_remote_code=trust_remote_code, strict=strict, json=json, console=_console(quiet, verbose),
+            trust_remote_code=trust_remote_code, stream=stream, strict=strict, json=json, console=_console(quiet, verbose),
         )  # fmt: skip
     except ContractError as broken:  # the run is whole: its report is shown before the exit code tells of the contract
         if broken.report is not None:

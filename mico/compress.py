@@ -9,23 +9,23 @@ from __future__ import annotations
 import resource
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import mico.stages as stages
 from mico.callable import callable_module
 from mico.card import model_card
-from mico.checkpoint import SHARD_SIZE, pack_model, set_execution, write_manifest
+from mico.checkpoint import save_packed, set_execution, write_manifest
 from mico.console import Console
 from mico.data import Windows
 from mico.errors import ContractError, UserError
 from mico.files import atomic_write, read_json
 from mico.loading import LoadedModel, describe, quiet
-from mico.packed.linear import PackedLinear
 from mico.packed.quantized import QuantizedWeight
 from mico.packed.table import quantize_table, run_length
 from mico.perplexity import PROTOCOL, default_texts, evaluate_texts, evaluation_sets, parse_texts, protocol_line
@@ -36,6 +36,7 @@ from mico.settings import Compression, Source, compression_of, record
 from mico.solve import Solver
 from mico.stages import Groups, Preparation, results_root
 from mico.summary import check_writable, flat, write_markdown
+from mico.walk import replace
 
 callable_module(__name__)
 LAYOUT = 2  # of a run folder and of the algorithms behind its bytes; another number makes older folders unfit
@@ -78,6 +79,7 @@ def compress(
     groups: str | None = None,
     offline: bool = False,
     trust_remote_code: bool = False,
+    stream: bool | None = None,
     strict: bool = False,
     json: str | None = None,
     console: Console | None = None,
@@ -90,8 +92,9 @@ def compress(
     """
     console = console or Console()
     source = Source(
-        model, calib, data_dir, data_file, nsamples, seqlen, batch_size, seed, device, dtype, offline, trust_remote_code
-    )
+        model, calib, data_dir, data_file, nsamples, seqlen, batch_size, seed, device, dtype, offline,
+        trust_remote_code, stream,
+    )  # fmt: skip
     settings = compression_of(
         sparsity=sparsity, pattern=pattern, wbits=wbits, target_avg_bits=target_avg_bits, n_groups=n_groups,
         use_mi_grouping=use_mi_grouping, grouping=grouping, mi_method=mi_method, cluster=cluster, method=method,
@@ -106,7 +109,7 @@ def compress(
         check_shapes(preparation, settings)
         sets = evaluation_sets(
             preparation.tokenizer,
-            texts or default_texts(preparation.reference, data_dir),
+            default_texts(preparation.reference, data_dir) if texts is None else texts,
             seqlen=preparation.seqlen, data_dir=data_dir, offline=offline,
         )  # fmt: skip
         arguments = _arguments(preparation, settings, sets)
@@ -228,7 +231,8 @@ class _Job:
         kept = self.run.path / DENSE
         if kept.exists():
             return read_json(kept)
-        scores = self._scores(loaded.model, "dense")
+        with loaded.running():
+            scores = self._scores(loaded.model, "dense")
         atomic_json(kept, scores)
         return scores
 
@@ -273,20 +277,27 @@ class _Job:
     def _save(self, loaded: LoadedModel, tables: dict[str, QuantizedWeight]) -> tuple[torch.Tensor, int]:
         """Write the packed model; return logits to compare the reloaded one with, and bytes outside the Linears."""
         model, family = loaded.model, loaded.family
-        logits = _logits(model, self._probe(loaded.device))
+        if loaded.store is not None:  # a block is dense again when it is read again
+            loaded.store.changed = self._put_finished
+        with loaded.running():
+            logits = _logits(model, self._probe(loaded.device))
         model.config.use_cache = True
 
-        def parts() -> Iterator[dict[str, QuantizedWeight]]:
-            yield tables
-            for index in range(self.preparation.blocks()):
-                layers = self.run.read_block(index)[0]
-                yield {f"{family.blocks}.{index}.{path}": quantized for path, quantized in layers.items()}
+        def weights(index: int) -> dict[str, QuantizedWeight]:
+            layers = self.run.read_block(index)[0]
+            return {f"{family.blocks}.{index}.{path}": quantized for path, quantized in layers.items()}
 
-        pack_model(model, family, parts(), getattr(self.preparation.config, "dtype", None) or loaded.dtype)
+        dtype = getattr(self.preparation.config, "dtype", None) or loaded.dtype
         with self.run.publish() as staging, quiet():
-            model.save_pretrained(staging / MODEL, max_shard_size=SHARD_SIZE)
+            (staging / MODEL).mkdir()
+            rest = save_packed(staging / MODEL, model, family, tables, weights, dtype, loaded.block)
             loaded.tokenizer.save_pretrained(staging / MODEL)
-        return logits, _rest_bytes(model)
+        return logits, rest
+
+    def _put_finished(self, index: int, block: nn.Module) -> None:
+        layers, biases, _ = self.run.read_block(index)
+        for path, quantized in layers.items():
+            replace(block, path, quantized, biases.get(path))
 
     def _describe(self, report: dict[str, Any]) -> None:
         """Model card and manifest of the checkpoint, written when its figures are known."""
@@ -331,17 +342,6 @@ class _Job:
             packed_bytes=stored // 8 + rest, dense_bytes=2 * architecture["parameters"],
             bytes=sum(file.stat().st_size for file in files),
         )  # fmt: skip
-
-
-def _rest_bytes(model: Any) -> int:
-    """Bytes of all stored tensors but the packed Linears and their biases; a tied head is stored once."""
-    linears = {
-        id(tensor)
-        for name, module in model.named_modules() if isinstance(module, PackedLinear)
-        for tensor in (module.weight, module.bias) if module is not model.get_output_embeddings()
-    }  # fmt: skip
-    unique = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if id(tensor) not in linears}
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in unique.values()}.values())
 
 
 class _Steps:

@@ -115,7 +115,10 @@ def _chosen_texts(
     model: str, texts: str | Sequence[str] | None, data_dir: str | None, data_file: str | None
 ) -> tuple[str, ...]:
     if texts is not None:
-        return parse_texts(texts if isinstance(texts, str) else ",".join(texts))
+        chosen = parse_texts(texts if isinstance(texts, str) else ",".join(texts))
+        if not chosen and data_file is None:
+            raise UserError("--eval none: name a text to measure on, or give --data-file")
+        return chosen
     if data_file is not None:
         return ()
     run = Path(model).expanduser()

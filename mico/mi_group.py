@@ -34,6 +34,7 @@ def mi_group(
     dtype: str = "auto",
     offline: bool = False,
     trust_remote_code: bool = False,
+    stream: bool | None = None,
     statistics: str | None = None,
     save: str | None = None,
     console: Console | None = None,
@@ -48,8 +49,9 @@ def mi_group(
     console = console or Console()
     chosen = Grouping(n_groups, grouping, mi_method, cluster)
     source = Source(
-        model, calib, data_dir, data_file, nsamples, seqlen, batch_size, seed, device, dtype, offline, trust_remote_code
-    )
+        model, calib, data_dir, data_file, nsamples, seqlen, batch_size, seed, device, dtype, offline,
+        trust_remote_code, stream,
+    )  # fmt: skip
     preparation = Preparation(source, console)
     _check(chosen, preparation.config)
     found = stages.statistics(preparation, statistics)

@@ -27,6 +27,13 @@ Model = Annotated[str, typer.Argument(help="A name of `mico models`, a hub id, o
 Runs = Annotated[
     list[str], typer.Argument(help="Run folders that mico compress wrote.", show_default=False, metavar="FOLDER")
 ]
+Stream = Annotated[
+    bool | None,
+    _option(
+        _RUN, "--stream/--no-stream", help="Keep the blocks on disk and read each when it is needed.",
+        show_default="when the model would take most of the free memory",
+    ),
+]  # fmt: skip
 PackedModel = Annotated[
     str, typer.Argument(help="A run folder of mico compress, or the model/ inside.", show_default=False)
 ]
@@ -56,7 +63,7 @@ Seed = Annotated[int, _option(_DATA, "--seed", help="Draws the calibration windo
 Eval = Annotated[
     str | None,
     _option(
-        _DATA, "--eval", help="Texts to measure perplexity on, with commas: wikitext2,ptb,c4,docs; or all.",
+        _DATA, "--eval", help="Texts to measure perplexity on, with commas: wikitext2,ptb,c4,docs; or all, or none.",
         show_default="wikitext2,ptb,c4; docs for a shipped model without --data-dir",
     ),
 ]  # fmt: skip

@@ -21,6 +21,7 @@ from mico.data import EVALUATION_SPLIT, TEXTS, Windows, evaluation_windows, load
 from mico.errors import UserError
 
 PROTOCOL = "sparsegpt"
+NO_TEXTS = "none"
 STANDARD_TEXTS = ("wikitext2", "ptb", "c4")
 LOGIT_BYTES = 2 << 30  # what the float32 logits of one batch may take: a 128k vocabulary runs one window at a time
 ROWS = 512  # rows of logits turned to float32 at a time
@@ -65,13 +66,20 @@ def _embedded(reference: bool, data_dir: str | Path | None) -> bool:
 
 
 def parse_texts(names: str) -> tuple[str, ...]:
-    """'wikitext2,ptb' -> ('wikitext2', 'ptb'); 'all' -> the three texts of the field. Raises UserError otherwise."""
+    """'wikitext2,ptb' -> ('wikitext2', 'ptb'); 'all' -> the three texts of the field; 'none' -> ().
+
+    Raises UserError otherwise.
+    """
+    if names.strip() == NO_TEXTS:
+        return ()
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     expanded = [text for name in chosen for text in (STANDARD_TEXTS if name == "all" else (name,))]
     unknown = [name for name in expanded if name not in TEXTS]
     if unknown or not expanded:
         wrong = ", ".join(f"'{name}'" for name in unknown) or f"'{names}'"
-        raise UserError(f"--eval: unknown text {wrong}: choose from {', '.join(TEXTS)} or all, separated by commas")
+        raise UserError(
+            f"--eval: unknown text {wrong}: choose from {', '.join(TEXTS)} or all, separated by commas, or none"
+        )
     return tuple(dict.fromkeys(expanded))
 
 

@@ -219,6 +219,8 @@ def _fallbacks(fallbacks: list[dict[str, Any]]) -> Section:
 
 
 def _perplexity(report: Report) -> Section:
+    if not report["compressed"]:
+        return Section("Perplexity", lines=("not measured: --eval none",))
     rows, lines = [], []
     for name, score in report["compressed"].items():
         dense, compressed = report["dense"][name]["perplexity"], score["perplexity"]

@@ -96,12 +96,7 @@ class Block:
     @torch.no_grad()
     def replace(self, path: str, quantized: QuantizedWeight, bias_R: torch.Tensor | None = None) -> None:
         """Put the values of a quantized weight (and a corrected bias) in place of a Linear's."""
-        linear = lookup(self.module, path)
-        assert isinstance(linear, nn.Linear)
-        linear.weight.copy_(quantized.dequantize(linear.weight.dtype))
-        if bias_R is not None:
-            assert linear.bias is not None
-            linear.bias.copy_(bias_R)
+        replace(self.module, path, quantized, bias_R)
         self.outputs = None
 
     @torch.no_grad()
@@ -168,6 +163,17 @@ class Block:
             yield
         except UserError as error:
             raise UserError(f"block {self.index}, stream {stream.name}, batch {batch}: {error}") from None
+
+
+@torch.no_grad()
+def replace(block: nn.Module, path: str, quantized: QuantizedWeight, bias_R: torch.Tensor | None) -> None:
+    """Give a Linear of a block the values of a quantized weight, and a corrected bias where there is one."""
+    linear = lookup(block, path)
+    assert isinstance(linear, nn.Linear)
+    linear.weight.copy_(quantized.dequantize(linear.weight.dtype))
+    if bias_R is not None:
+        assert linear.bias is not None
+        linear.bias.copy_(bias_R)
 
 
 class _Walker:

@@ -28,6 +28,7 @@ from tests.workspace import Workspace, workspace
 SOURCE = {
     "--calib": None, "--data-dir": None, "--data-file": None, "--nsamples": 128, "--seqlen": None, "--batch-size": 8,
     "--seed": 0, "--offline": False, "--trust-remote-code": False, "--device": "auto", "--dtype": "auto",
+    "--stream --no-stream": None,
 }  # fmt: skip
 RUN = {"--debug": False, "--verbose -v": 0, "--quiet -q": False}
 GROUPS = {
