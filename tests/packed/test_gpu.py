@@ -207,6 +207,22 @@ def test_tiles_cover_the_processors_without_idle_programs(batch, rows, chunks):
     assert busy >= 132 * 4 or tile.splits == 8 or (tile.splits + 1) * tile.chunks > chunks
 
 
+@pytest.mark.parametrize("batch", [1, 2, 17, 70])
+def test_the_kernel_never_reads_beyond_the_activations(monkeypatch, batch):
+    """Tiles of the batch are read whole: what is handed over must fill them."""
+    calls = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *given, **constants: calls.append((grid, given, constants))
+
+    monkeypatch.setattr(gpu, "gpu_kernel", Recorder)
+    on("cpu", case(33, 64, (4,)), torch.float16)(torch.ones(batch, 64).half())
+    ((grid, (x_BC, *_), constants),) = calls
+    assert len(x_BC) == grid[1] * constants["BLOCK_B"] and x_BC[:batch].eq(1).all() and x_BC[batch:].eq(0).all()
+    assert batch == 1 or x_BC.stride() == (1, len(x_BC))
+
+
 def test_import_does_not_need_triton():
     source = "import sys; sys.modules['triton'] = None; import mico.packed.gpu as gpu; print(gpu.available())"
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
