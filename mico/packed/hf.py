@@ -16,11 +16,9 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -68,7 +66,7 @@ class MicoQuantizer(HfQuantizer):
     ) -> Any:
         if not checkpoint_files:
             raise ValueError("a packed model is loaded from its safetensors files, give its folder")
-        headers = _headers(checkpoint_files)
+        headers = _renamed(model, _headers(checkpoint_files))
         _check_complete(model, headers)
         names = dict(_module_names(model, headers))
         tied = getattr(model, "all_tied_weights_keys", None) or {}
@@ -105,6 +103,12 @@ def _headers(files: Iterable[str]) -> dict[str, tuple[str, list[int]]]:
             header = json.loads(stream.read(size))
         found |= {key: (entry["dtype"], entry["shape"]) for key, entry in header.items() if key != "__metadata__"}
     return found
+
+
+def _renamed(model: Any, headers: dict[str, tuple[str, list[int]]]) -> dict[str, tuple[str, list[int]]]:
+    """The headers by the names tensors have in the model: some models (LLaVA) are stored in an older layout."""
+    steps = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    return {rename_source_key(key, steps, [])[0]: header for key, header in headers.items()}
 
 
 def _module_names(model: Any, headers: dict[str, tuple[str, list[int]]]) -> Iterable[tuple[str, str]]:
@@ -234,9 +238,10 @@ class PackedModel:
     """Mixed into the class of a packed model: a saved folder again holds the code that loads it."""
 
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> Any:
-        """As the class below; also writes modeling_mico.py."""
+        """As the class below; also writes modeling_mico.py where the config names it."""
         result = super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]
-        (Path(save_directory) / SHIPPED).write_text(shipped_source(), encoding="utf-8")
+        if getattr(self.config, "auto_map", None):  # type: ignore[attr-defined]
+            (Path(save_directory) / SHIPPED).write_text(shipped_source(), encoding="utf-8")
         return result
 
 
@@ -267,6 +272,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # mico itself, or another checkpoint's copy, may have come first
-    register_quantization_config(METHOD)(MicoConfig)
-    register_quantizer(METHOD)(MicoQuantizer)
+if METHOD not in AUTO_QUANTIZER_MAPPING or Path(__file__).name != SHIPPED:  # mico itself goes before shipped copies
+    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = MicoConfig
+    AUTO_QUANTIZER_MAPPING[METHOD] = MicoQuantizer
