@@ -62,9 +62,9 @@ def _app(
 def calibrate(
     model: o.Model, calib: o.Calib = None, data_dir: o.DataDir = None, data_file: o.DataFile = None,
     nsamples: o.Nsamples = 128, seqlen: o.Seqlen = None, batch_size: o.BatchSize = 8, seed: o.Seed = 0,
-    offline: o.Offline = False, trust_remote_code: o.TrustRemoteCode = False, stream: o.Stream = None, save: o.Save = None,
-    device: o.Device = "auto", dtype: o.Dtype = "auto", debug: o.Debug = False, verbose: o.Verbose = 0,
-    quiet: o.Quiet = False,
+    offline: o.Offline = False, trust_remote_code: o.TrustRemoteCode = False, stream: o.Stream = None,
+    save: o.Save = None, device: o.Device = "auto", dtype: o.Dtype = "auto", debug: o.Debug = False,
+    verbose: o.Verbose = 0, quiet: o.Quiet = False,
 ) -> None:  # fmt: skip
     """Measure the activations of a model once; mi-group and compress of the same options use them."""
     _before_imports(offline, quiet)
@@ -97,8 +97,8 @@ def mi_group(
     result = run(
         model, n_groups=_count(n_groups), grouping=grouping, mi_method=mi_method, cluster=cluster, calib=calib,
         data_dir=data_dir, data_file=data_file, nsamples=nsamples, seqlen=seqlen, batch_size=batch_size, seed=seed,
-        device=device, dtype=dtype, offline=offline, trust_remote_code=trust_remote_code, stream=stream, statistics=statistics,
-        save=save, console=_console(quiet, verbose),
+        device=device, dtype=dtype, offline=offline, trust_remote_code=trust_remote_code, stream=stream,
+        statistics=statistics, save=save, console=_console(quiet, verbose),
     )  # fmt: skip
     _show(section(result))
 
@@ -107,8 +107,8 @@ def mi_group(
 def compress(
     model: o.Model, calib: o.Calib = None, data_dir: o.DataDir = None, data_file: o.DataFile = None,
     nsamples: o.Nsamples = 128, seqlen: o.Seqlen = None, batch_size: o.BatchSize = 8, seed: o.Seed = 0,
-    eval: o.Eval = None, offline: o.Offline = False, trust_remote_code: o.TrustRemoteCode = False, stream: o.Stream = None,
-    sparsity: o.Sparsity = None, pattern: o.Pattern = None, wbits: o.Wbits = 4,
+    eval: o.Eval = None, offline: o.Offline = False, trust_remote_code: o.TrustRemoteCode = False,
+    stream: o.Stream = None, sparsity: o.Sparsity = None, pattern: o.Pattern = None, wbits: o.Wbits = 4,
     target_avg_bits: o.TargetAvgBits = None, method: o.Method = None, arm: o.Arm = None,
     allocation: o.Allocation = None, group_size: o.GroupSize = None, percdamp: o.Percdamp = 0.01,
     blocksize: o.Blocksize = 128, profile: o.Profile = None, embed_bits: o.EmbedBits = 16, n_groups: o.NGroups = "auto",
@@ -131,7 +131,8 @@ def compress(
             blocksize=blocksize, profile=profile, embed_bits=embed_bits, calib=calib, nsamples=nsamples, seqlen=seqlen,
             batch_size=batch_size, seed=seed, device=device, dtype=dtype, eval=eval, save=save, data_dir=data_dir,
             data_file=data_file, statistics=statistics, groups=groups, offline=offline,
-            trust_remote_code=trust_remote_code, stream=stream, strict=strict, json=json, console=_console(quiet, verbose),
+            trust_remote_code=trust_remote_code, stream=stream, strict=strict, json=json,
+            console=_console(quiet, verbose),
         )  # fmt: skip
     except ContractError as broken:  # the run is whole: its report is shown before the exit code tells of the contract
         if broken.report is not None:
