@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mico.console import Console
 from mico.errors import UserError
 from mico.exports import compressed_tensors as exporter
+from mico.exports import folder
 from mico.exports.compressed_tensors import export_compressed_tensors, pack_words, refused_by_vllm
 from mico.exports.source import Exported, PackedSource
 from mico.packed.quantized import QuantizedWeight
@@ -138,6 +139,13 @@ def test_larger_groups_are_split_and_scales_repeated(tmp_path):
     found, config = export(source, tmp_path)
     (group,) = config["quantization_config"]["config_groups"].values()
     assert found.exact and group["weights"]["group_size"] == 64
+
+
+def test_a_large_model_is_written_in_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "SHARD", "20KB")
+    found, _ = export(packed_source(), tmp_path)
+    shards = [name for name in found.files if name.endswith(".safetensors")]
+    assert found.exact and len(shards) > 2 and "model.safetensors.index.json" in found.files
 
 
 def test_a_wrong_file_is_noticed(tmp_path, monkeypatch):

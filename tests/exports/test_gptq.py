@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from mico.console import Console
 from mico.errors import UserError
+from mico.exports import folder
 from mico.exports import gptq as exporter
 from mico.exports.gptq import LIBRARIES, export_gptq
 from mico.exports.source import Exported, PackedSource
@@ -84,6 +85,12 @@ def test_a_zero_point_of_zero_needs_the_second_format(tmp_path):
     assert config["checkpoint_format"] == "gptq_v2" and found.max_error == 0
     tensors = load_file(tmp_path / "model.safetensors")
     assert all(int(value.abs().max()) == 0 for key, value in tensors.items() if key.endswith("qzeros"))
+
+
+def test_shards_are_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "SHARD", "20KB")
+    found, _ = export(packed_source(), tmp_path)
+    assert found.exact and sum(name.endswith(".safetensors") for name in found.files) > 2
 
 
 def test_widened_linears_are_counted(tmp_path):
