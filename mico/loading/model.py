@@ -17,6 +17,7 @@ from mico.checkpoint import verify_checkpoint  # its import also registers the p
 from mico.errors import UserError
 from mico.loading.names import local_folder, source_of
 from mico.loading.safety import check_folder, check_remote_code, fingerprint, reason, some, tensor_shapes
+from mico.loading.silence import quiet
 from mico.loading.streaming import MEMORY_SHARE, BlockStore, free_memory, shell
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,23 +55,6 @@ class LoadedModel:
     def running(self) -> AbstractContextManager[None]:
         """Inside, `model` can be called as a whole."""
         return nullcontext() if self.store is None else self.store.running()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the progress bars and warnings of transformers, and put its settings back afterwards."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if bars:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _checked_folder(name: str, weights: bool, offline: bool, trust_remote_code: bool, packed: bool) -> Path:

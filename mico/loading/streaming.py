@@ -20,6 +20,7 @@ from torch import nn
 from mico.adapters.family import lookup
 from mico.errors import UserError
 from mico.loading.safety import some, weight_map
+from mico.loading.silence import quiet
 
 MEMORY_SHARE = 0.8  # of the free memory that a whole model may take; above, its blocks are streamed
 
@@ -70,9 +71,7 @@ class BlockStore:
     def _read(self, index: int | None) -> None:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
-        from mico.loading.model import quiet
-
-        state = {key: handle.get_slice(key) for handle, key in self._keys.get(index, [])}
+            state = {key: handle.get_slice(key) for handle, key in self._keys.get(index, [])}
         with quiet():
             convert_and_load_state_dict_in_model(self.model, state, self._settings)
         if index is None:
