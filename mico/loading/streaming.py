@@ -71,7 +71,7 @@ class BlockStore:
     def _read(self, index: int | None) -> None:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
-            state = {key: handle.get_slice(key) for handle, key in self._keys.get(index, [])}
+        state = {key: handle.get_slice(key) for handle, key in self._keys.get(index, [])}
         with quiet():
             convert_and_load_state_dict_in_model(self.model, state, self._settings)
         if index is None:
