@@ -1,5 +1,6 @@
-"""Speed of mico against peers on random weights: `python -m benchmarks.speed [compress] [options]`.
+"""Speed of mico against peers on random weights: `python -m benchmarks.speed [compress|inference] [options]`.
 
+`inference` lies in benchmarks/inference.py; this is `compress`.
 Every measurement runs in a fresh process and the arms take turns, so that neither inherits the other's memory and
 both feel the same neighbours. The table gives medians with their range, and the ratio mico / peer.
 """
@@ -26,7 +27,7 @@ from rich.table import Table
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import naive_sparsegpt
+from benchmarks import inference, naive_sparsegpt
 from benchmarks.naive_sparsegpt import Clock
 from mico.adapters import family_of
 from mico.adapters.family import lookup
@@ -243,14 +244,19 @@ def _products(setting: Setting) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the options and print the table."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["inference"]:
+        inference.main(words[1:])
+        return
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
-    parser.add_argument("what", nargs="?", default="compress", choices=["compress"])
+    parser.add_argument("what", nargs="?", default="compress", choices=["compress", "inference"])
     for name, value in vars(Setting(threads=torch.get_num_threads())).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}")
     parser.add_argument("--repeats", type=int, default=3, help="default 3")
-    options = vars(parser.parse_args(arguments))
+    options = vars(parser.parse_args(words))
     repeats, console = options.pop("repeats"), Console()
-    del options["what"]
+    if options.pop("what") == "inference":
+        parser.error("inference comes first: python -m benchmarks.speed inference --help tells its options")
     console.print(compress(Setting(**options), repeats, console))
 
 
