@@ -188,7 +188,7 @@ def _write(
 ) -> list[str]:
     """Write the file, one tensor in memory at a time; returns what its user must know."""
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[arch.name]])
-    writer.add_name(source.folder.name)
+    writer.add_name(source.folder.parent.name if source.folder.name == "model" else source.folder.name)  # of the run
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(_file_type(gguf, entries))
     notes = describe(writer, source.config)
