@@ -195,9 +195,10 @@ class _Job:
         with self.console.stage("save"):
             check, rest = self._save(loaded, tables)
         dtype, device = loaded.dtype, loaded.device
+        execution = "dense" if loaded.store is None else "lean"  # what did not fit dense is not made dense now
         self.preparation.forget()
         del loaded  # before the saved model is read back: one model in memory at a time
-        compressed = self._compressed_scores(dtype, device, check)
+        compressed = self._compressed_scores(dtype, device, execution, check)
         report = self._report(architecture, dense, compressed, outcome, solver.overruns, made, rest)
         write_markdown(report, self.run.path / "report.md")
         self._describe(report)
@@ -237,7 +238,7 @@ class _Job:
         return scores
 
     def _compressed_scores(
-        self, dtype: torch.dtype, device: torch.device, check: torch.Tensor
+        self, dtype: torch.dtype, device: torch.device, execution: str, check: torch.Tensor
     ) -> dict[str, dict[str, Any]]:
         """Perplexities of the model as it lies on disk, after its logits were found equal to the ones in memory."""
         from transformers import AutoModelForCausalLM
@@ -246,7 +247,7 @@ class _Job:
         with quiet(), self.console.stage("reload"):
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
         model.to(device).eval()
-        set_execution(model, "dense")  # in 16 bits the kernels round otherwise than a dense product
+        set_execution(model, execution)  # in 16 bits the kernels round otherwise than a dense product
         if not torch.isfinite(check).all():
             raise UserError(f"{folder}: the compressed model's logits hold NaN or Inf in {dtype}: use --dtype float32")
         difference = (_logits(model, self._probe(device)) - check).abs().max()

@@ -58,9 +58,10 @@ class BlockStore:
         if index not in self._checked:
             self._check_finite(module, "" if index is None else f"{self._path}.{index}.")
             self._checked.add(index)
+        module.eval().requires_grad_(False)
         if index is not None and self.changed is not None:
             self.changed(index, module)
-        return module.eval().requires_grad_(False)
+        return module
 
     def empty(self, index: int) -> None:
         """Give the memory of a block back."""

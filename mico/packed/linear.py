@@ -20,7 +20,7 @@ from mico.packed.cpu import prepare_cpu
 from mico.packed.gpu import available, prepare_gpu
 from mico.packed.quantized import QuantizedWeight
 
-EXECUTIONS = ("auto", "packed", "dense")
+EXECUTIONS = ("auto", "packed", "dense", "lean")
 PATHS = ("kernel", "dense", "unpacked")
 EXECUTION_VARIABLE = "MICO_EXECUTION"
 # Rows of activations up to which a kernel beats a dense weight that is there already, and from which it is quicker to
@@ -101,7 +101,7 @@ class PackedLinear(_Packed):
     """y = x W^T + b with a packed W. The bias keeps the dtype it is stored in.
 
     execution: 'auto' as described above, 'packed' never keeps a dense weight where there is a kernel, 'dense' always
-    does: bit-equal to the dense model in every dtype.
+    does: bit-equal to the dense model in every dtype; 'lean' makes the same dense weight for every call anew.
     calls: how often each of 'kernel', 'dense' (kept) and 'unpacked' (made for one call) has served.
     """
 
@@ -136,6 +136,8 @@ class PackedLinear(_Packed):
     def _path(self, x: torch.Tensor) -> str:
         """What serves this call. Whatever kept form it does not need is given up where calls have changed for good."""
         rows = x.numel() // self.in_features
+        if self.execution == "lean":
+            return "unpacked"
         if self.execution == "dense" or not rows or x.shape[-1] != self.in_features or not has_kernel(x):
             return "dense"
         few = rows <= CROSSOVER[x.device.type]
