@@ -20,6 +20,7 @@ from mico.summary import check_writable
 from mico.tables import Section, size_text
 
 callable_module(__name__)
+NOTE = 400  # characters of a note that the terminal shows
 
 
 def export(
@@ -116,4 +117,8 @@ def section(report: dict[str, Any]) -> Section:
         ("size", size_text(report["bytes"])),
         ("weights", exact),
     )
-    return Section(f"Export to {report['to']}", ("", ""), rows, tuple(report["notes"]))
+    return Section(f"Export to {report['to']}", ("", ""), rows, tuple(_short(note) for note in report["notes"]))
+
+
+def _short(note: str) -> str:
+    return note if len(note) <= NOTE else f"{note[:NOTE]}... (--json FILE has all of it)"
