@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from mico.adapters import family_of
-from mico.checkpoint import pack_model
+from mico.checkpoint import pack_model, save_packed
+from mico.loading import quiet
 from mico.packed.bits import TERNARY, levels
 from mico.packed.quantized import QuantizedWeight, equal_runs
 from mico.packed.table import quantize_table
@@ -61,9 +62,19 @@ class Pair:
     dense: Any
     packed: Any
     weights: dict[str, QuantizedWeight]
+    dtype: torch.dtype
 
-    def save(self, folder: Path, **options: Any) -> Path:
-        self.packed.save_pretrained(folder, **options)
+    def save(self, folder: Path) -> Path:
+        """The checkpoint as `mico compress` writes it."""
+        family = family_of(self.dense.config)
+
+        def named(inside: str) -> dict[str, QuantizedWeight]:
+            return {name: made for name, made in self.weights.items() if name.startswith(inside)}
+
+        tables = {name: made for name, made in self.weights.items() if not name.startswith(f"{family.blocks}.")}
+        folder.mkdir(parents=True, exist_ok=True)
+        with quiet():
+            save_packed(folder, self.dense, family, tables, lambda i: named(f"{family.blocks}.{i}."), self.dtype)
         train_tokenizer().save_pretrained(folder)
         return folder
 
@@ -94,7 +105,7 @@ def pair(
         parts.append(part)
     packed = copy.deepcopy(dense)
     pack_model(packed, family, parts, dtype)
-    return Pair(dense, packed, {name: made for part in parts for name, made in part.items()})
+    return Pair(dense, packed, {name: made for part in parts for name, made in part.items()}, dtype)
 
 
 def _tables(model: Any, bits: int) -> dict[str, QuantizedWeight]:

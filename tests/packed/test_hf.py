@@ -80,12 +80,14 @@ def blocks_of(model: Any) -> nn.ModuleList:
 
 
 def test_saving_again_gives_the_same_bytes_in_every_file(case, tmp_path: Path) -> None:
-    _, folder = case
+    both, folder = case
     load(folder).save_pretrained(tmp_path / "again")
     again, first = files_of(tmp_path / "again"), files_of(folder)
     assert {"config.json", "model.safetensors", SHIPPED} <= set(again)
     assert {name for name, content in again.items() if content != first[name]} == set()
     assert all("tokenizer" in name for name in set(first) - set(again))
+    both.packed.save_pretrained(tmp_path / "memory")
+    assert files_of(tmp_path / "memory") == again, "as is the model packed in memory"
     third = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(logits(third), logits(load(folder)))
 
@@ -106,7 +108,7 @@ def test_the_files_hold_packed_weights_and_nothing_twice(kind: str, tmp_path: Pa
 
 def test_a_model_in_several_files(made, tmp_path: Path) -> None:
     both, _ = made["llama-untied"]
-    both.save(tmp_path, max_shard_size="20KB")
+    both.packed.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
     assert (tmp_path / "model.safetensors.index.json").is_file()
     model = load(tmp_path)
