@@ -148,7 +148,7 @@ def save_packed(
     tables: Mapping[str, QuantizedWeight],
     weights: Callable[[int], Mapping[str, QuantizedWeight]],
     dtype: torch.dtype,
-    resident: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+    resident: Callable[[int | None], AbstractContextManager[Any]] = nullcontext,
 ) -> int:
     """Write the packed checkpoint of a model whose values are in place; return the bytes outside the packed Linears.
 
@@ -160,14 +160,16 @@ def save_packed(
     keys = [key for key in model.state_dict() if key not in tied]
     inside = f"{family.blocks}."
     first = next(place for place, key in enumerate(keys) if key.startswith(inside))
-    rest = _add(writer, keys[:first], model, tables, config, dtype, linears={})
+    with resident(None):
+        rest = _add(writer, keys[:first], model, tables, config, dtype, linears={})
     for index in range(len(lookup(model, family.blocks))):  # type: ignore[arg-type]
         packed = weights(index)
         own = [key for key in keys if key.startswith(f"{inside}{index}.")]
         with resident(index):
             rest += _add(writer, own, model, packed, config, dtype, linears=packed)
     last = [key for key in keys[first:] if not key.startswith(inside)]
-    rest += _add(writer, last, model, tables, config, dtype, linears={})
+    with resident(None):
+        rest += _add(writer, last, model, tables, config, dtype, linears={})
     writer.finish()
     _write_settings(folder, model, family, config, dtype)
     return rest

@@ -266,20 +266,28 @@ class _Job:
         found: dict[str, QuantizedWeight] = {}
         if bits == 16:
             return found
-        ends = {id(end.weight): end for end in (model.get_output_embeddings(), model.get_input_embeddings())}
         names = {id(module): name for name, module in model.named_modules()}
-        with self.console.stage("embeddings"), torch.no_grad():
+        with self.console.stage("embeddings"), loaded.part(None):
+            ends = {id(end.weight): end for end in (model.get_output_embeddings(), model.get_input_embeddings())}
             for module in ends.values():  # tied, they are one: the embedding, which comes last
-                table = quantize_table(module.weight, bits)
-                module.weight.copy_(table.dequantize(module.weight.dtype))
-                found[names[id(module)]] = table
+                found[names[id(module)]] = quantize_table(module.weight, bits)
+            self._put_tables(model, found)
+        if loaded.store is not None:  # a part is dense again when it is read again
+            loaded.store.changed = lambda index, part: self._put_tables(part, found) if index is None else None
         return found
+
+    @staticmethod
+    @torch.no_grad()
+    def _put_tables(model: nn.Module, tables: dict[str, QuantizedWeight]) -> None:
+        for name, table in tables.items():
+            weight: Any = model.get_submodule(name).weight
+            weight.copy_(table.dequantize(weight.dtype))
 
     def _save(self, loaded: LoadedModel, tables: dict[str, QuantizedWeight]) -> tuple[torch.Tensor, int]:
         """Write the packed model; return logits to compare the reloaded one with, and bytes outside the Linears."""
         model, family = loaded.model, loaded.family
-        if loaded.store is not None:  # a block is dense again when it is read again
-            loaded.store.changed = self._put_finished
+        if loaded.store is not None:
+            loaded.store.changed = lambda index, part: self._put_finished(index, part, tables)
         with loaded.running():
             logits = _logits(model, self._probe(loaded.device))
         model.config.use_cache = True
@@ -291,14 +299,16 @@ class _Job:
         dtype = getattr(self.preparation.config, "dtype", None) or loaded.dtype
         with self.run.publish() as staging, quiet():
             (staging / MODEL).mkdir()
-            rest = save_packed(staging / MODEL, model, family, tables, weights, dtype, loaded.block)
+            rest = save_packed(staging / MODEL, model, family, tables, weights, dtype, loaded.part)
             loaded.tokenizer.save_pretrained(staging / MODEL)
         return logits, rest
 
-    def _put_finished(self, index: int, block: nn.Module) -> None:
+    def _put_finished(self, index: int | None, part: nn.Module, tables: dict[str, QuantizedWeight]) -> None:
+        if index is None:
+            return self._put_tables(part, tables)
         layers, biases, _ = self.run.read_block(index)
         for path, quantized in layers.items():
-            replace(block, path, quantized, biases.get(path))
+            replace(part, path, quantized, biases.get(path))
 
     def _describe(self, report: dict[str, Any]) -> None:
         """Model card and manifest of the checkpoint, written when its figures are known."""

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mico.adapters.family import linears_of
+from mico.adapters.family import Stream, linears_of
 from mico.channels.allocation import WIDTHS
-from mico.channels.meters import SecondMoments
+from mico.channels.meters import PairedMoments, SecondMoments
 from mico.channels.plan import ChannelGroups, LayerPlan
+from mico.channels.starved import note, trusted, trusted_pair
 from mico.console import Console
 from mico.loading import LoadedModel
 from mico.methods import METHODS, PAIRED, Layer, StreamProblem
@@ -60,7 +61,7 @@ class Solver:
         if run.finished:
             self.console.note(f"compress: {run.finished} blocks were finished, going on after them")
         paired = self.settings.method in PAIRED
-        blocks = walk(loaded.model, loaded.family, self.preparation.batches, paired=paired, resident=loaded.block)
+        blocks = walk(loaded.model, loaded.family, self.preparation.batches, paired=paired, resident=loaded.part)
         with self.console.bar("compress", self.preparation.blocks()) as advance:
             for block in blocks:
                 if block.index < run.finished:
@@ -113,24 +114,38 @@ class Solver:
         paired_method = settings.method in PAIRED
         new_meter = lambda channels: SecondMoments.empty(channels, device)  # noqa: E731
         meters = {} if paired_method else block.measure(new_meter, tuple(block.streams))
-        for stream in block.streams:
-            paired = block.measure_paired(stream) if paired_method else None
-            moments = paired.total if paired is not None else meters[stream]
-            layers = self._layers(block, stream, labels.get(stream), budget)
-            problem = StreamProblem(layers, moments, paired, settings.percdamp, settings.blocksize)
-            for layer, result in zip(layers, METHODS[settings.method](problem), strict=True):
-                block.replace(layer.name, result.quantized, result.bias_R)
-                finished.layers[layer.name] = result.quantized
-                if result.bias_R is not None:
-                    finished.biases[layer.name] = result.bias_R
-                record = layer_record(block, stream, layer, result.quantized, first=layer is layers[0])
-                finished.records.append(record | result.facts | {"fallbacks": list(result.fallbacks)})
-                self.console.note(
-                    f"{record['layer']}: {record['bits_per_weight']:.2f} bits, error {result.facts['error']:.3g}", 1
-                )
-            if budget is not None:
-                self._spend(budget, block, stream, finished.layers)
+        for wave in block.waves():
+            pairs = block.measure_wave(wave) if paired_method else {}
+            for row in wave:
+                paired = pairs.pop(row.name, None)
+                moments = paired.total if paired is not None else meters.pop(row.name)
+                layers = self._layers(block, row.name, labels.get(row.name), budget)
+                self._solve_stream(block, row, layers, moments, paired, finished)
+                if budget is not None:
+                    self._spend(budget, block, row.name, finished.layers)
         return finished
+
+    def _solve_stream(
+        self, block: Block, row: Stream, layers: tuple[Layer, ...], moments: SecondMoments,
+        paired: PairedMoments | None, finished: Finished,
+    ) -> None:  # fmt: skip
+        """Compress the Linears of one stream in place and note them in `finished`."""
+        settings, more, fallbacks = self.settings, {}, []
+        if row.expert is not None:
+            more["tokens"] = moments.count
+            fallbacks = [what for what in [note(moments, block.index, row.expert)] if what]
+            moments, paired = trusted(moments), None if paired is None else trusted_pair(paired)
+        problem = StreamProblem(layers, moments, paired, settings.percdamp, settings.blocksize)
+        for layer, result in zip(layers, METHODS[settings.method](problem), strict=True):
+            block.replace(layer.name, result.quantized, result.bias_R)
+            finished.layers[layer.name] = result.quantized
+            if result.bias_R is not None:
+                finished.biases[layer.name] = result.bias_R
+            record = layer_record(block, row.name, layer, result.quantized, first=layer is layers[0])
+            finished.records.append(record | result.facts | more | {"fallbacks": [*fallbacks, *result.fallbacks]})
+            self.console.note(
+                f"{record['layer']}: {record['bits_per_weight']:.2f} bits, error {result.facts['error']:.3g}", 1
+            )
 
     def _layers(
         self, block: Block, stream: str, groups: ChannelGroups | None, budget: Budget | None
@@ -141,7 +156,7 @@ class Solver:
         for path, linear in block.streams[stream].items():
             bias_R = None if linear.bias is None else linear.bias.detach().clone()
             plan = self._plan(linear.in_features, groups, widths.get(names[path]))
-            found.append(Layer(path, linear.weight.detach().clone(), bias_R, plan))
+            found.append(Layer(path, linear.weight.detach(), bias_R, plan))  # solved before it is replaced
         return tuple(found)
 
     def _plan(self, channels: int, groups: ChannelGroups | None, bits_G: tuple[int, ...] | None) -> LayerPlan:
@@ -169,9 +184,10 @@ class Solver:
         with self.console.stage("allocate"), self.console.bar("allocate", self.preparation.blocks()) as advance:
             for index in range(self.preparation.blocks()):
                 labels = made.block(index)[0] if made is not None else {}
-                with loaded.block(index) as module:
+                with loaded.part(index) as module:
                     for stream, (moments, _) in found.block(index).items():
                         row = next(s for s in loaded.family.streams if s.name == stream)
+                        moments = moments if row.expert is None else trusted(moments)
                         needs = self._demands(linears_of(module, row), moments, labels.get(stream), widths)
                         for path, (need, allowance) in needs.items():
                             demands.setdefault(self._account(index, stream, path), []).append(need)

@@ -19,9 +19,10 @@ import torch
 from mico.adapters import family_of
 from mico.adapters.family import Family, linears_of
 from mico.channels.grouping import cluster, random_groups, sorted_groups
-from mico.channels.information import mutual_information
+from mico.channels.information import MIN_ROWS, mutual_information
 from mico.channels.meters import Reservoir, SecondMoments
 from mico.channels.plan import ChannelGroups
+from mico.channels.starved import is_starved, trusted
 from mico.console import Console
 from mico.data import Windows, calibration_windows, load_text, token_batches
 from mico.errors import UserError
@@ -181,7 +182,7 @@ def statistics(preparation: Preparation, folder: str | None = None) -> Statistic
 
     def make(run: RunFolder, advance: Callable[[str], None]) -> None:
         loaded = preparation.load()
-        for block in walk(loaded.model, loaded.family, preparation.batches, resident=loaded.block):
+        for block in walk(loaded.model, loaded.family, preparation.batches, resident=loaded.part):
             if block.index < run.finished:
                 continue
             meters = block.measure(lambda channels: StreamMeter(channels, loaded.device))
@@ -197,7 +198,7 @@ def statistics(preparation: Preparation, folder: str | None = None) -> Statistic
 
 
 def _facts(block: Block, stream: str, meter: StreamMeter) -> dict[str, Any]:
-    diagonal_C = meter.moments.gram_CC.diagonal() / meter.moments.count
+    diagonal_C = meter.moments.gram_CC.diagonal() / max(meter.moments.count, 1)
     return dict(
         block=block.index, stream=stream, channels=len(diagonal_C), rows=meter.moments.count,
         dead=int((diagonal_C == 0).sum()), rms=float(diagonal_C.mean().sqrt()), peak=float(diagonal_C.max().sqrt()),
@@ -242,6 +243,10 @@ def _group(
     preparation: Preparation, grouping: Grouping, index: int, stream: str, moments: SecondMoments, rows_TC: torch.Tensor
 ) -> tuple[ChannelGroups, dict[str, Any]]:
     channels, seed = len(moments.sum_C), preparation.source.seed
+    if any(row.name == stream and row.expert is not None for row in preparation.family.streams):
+        if grouping.kind == "mi" and (is_starved(moments) or len(rows_TC) < MIN_ROWS):
+            return ChannelGroups.single(channels), dict(n_groups=1, sizes=[channels], method="mi", tokens=moments.count)
+        moments = trusted(moments)
     if grouping.kind == "mi":
         with preparation.console.stage("mutual information"):
             mi_CC = mutual_information(grouping.mi_method, moments, rows_TC)
@@ -271,5 +276,5 @@ def _score(kind: str, weight_RC: torch.Tensor, moments: SecondMoments) -> torch.
 def _stream_weight(preparation: Preparation, index: int, stream: str) -> torch.Tensor:
     loaded = preparation.load()
     row = next(s for s in loaded.family.streams if s.name == stream)
-    with loaded.block(index) as block:
+    with loaded.part(index) as block:
         return torch.cat([linear.weight.detach().double().cpu() for linear in linears_of(block, row).values()])

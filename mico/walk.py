@@ -16,10 +16,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
-from mico.adapters.family import Family, Stream, linears_of, lookup
+from mico.adapters.family import Family, Stream, linears_of, lookup, waves
 from mico.channels.meters import PairedMoments
 from mico.channels.products import FastLinears
 from mico.errors import UserError
+from mico.packed.experts import ExpertList
 from mico.packed.quantized import QuantizedWeight
 
 
@@ -31,6 +32,9 @@ class Meter(Protocol):
 
 Batch = Mapping[str, torch.Tensor]  # what the model is called with: input_ids, later also pixel_values
 AnyMeter = TypeVar("AnyMeter", bound=Meter)
+
+MOMENTS_BYTES = 4 * 2**30  # of the moments of experts that are measured in one pass
+PAIRED_MATRICES = 4  # (C, C) of float64 in PairedMoments
 
 
 class _Stop(Exception):
@@ -64,7 +68,8 @@ class Block:
         """Run the inputs through the block as it is; return a meter a stream, fed with its rows (T, C).
 
         Without `streams` the outputs are kept for `propagate`; with them every batch stops at the last of them,
-        which is the shorter way when weights are going to be replaced.
+        which is the shorter way when weights are going to be replaced. The meter of an expert to which no token went
+        has seen nothing.
         """
         wanted = [s for s in self._family.streams if streams is None or s.name in streams]
         meters = {s.name: new_meter(self._channels(s)) for s in wanted}
@@ -80,17 +85,38 @@ class Block:
         self.outputs = outputs if whole else None
         return meters
 
-    @torch.no_grad()
+    def waves(self) -> Iterator[tuple[Stream, ...]]:
+        """The streams in runs that can be measured together before any of a run is replaced, bounded in memory."""
+        for wave in waves(self._family.streams):
+            start = 0
+            while start < len(wave):
+                most = max(1, MOMENTS_BYTES // (PAIRED_MATRICES * 8 * self._channels(wave[start]) ** 2))
+                yield wave[start : start + most]
+                start += most
+
     def measure_paired(self, stream: str) -> PairedMoments:
         """Moments of one stream on the compressed path beside the dense path; stops as soon as both are seen."""
+        return self.measure_wave([next(s for s in self._family.streams if s.name == stream)])[stream]
+
+    @torch.no_grad()
+    def measure_wave(self, streams: Sequence[Stream]) -> dict[str, PairedMoments]:
+        """The same of several streams that do not feed one another.
+
+        The dense path's tokens go to the experts that the compressed path chooses, so that rows correspond: an
+        expert is asked for what the dense one would have made of the tokens it will really get.
+        """
         assert self._dense is not None, "walk(..., paired=True) is needed"
-        wanted = next(s for s in self._family.streams if s.name == stream)
-        moments = PairedMoments(self._channels(wanted), self._walker.device)
+        moments = {s.name: PairedMoments(self._channels(s), self._walker.device) for s in streams}
         pairs = zip(self._walker.inputs, self._walker.dense_inputs, strict=True)
         for batch, (x_BTC, dense_BTC) in enumerate(pairs):
-            x_TC, dense_TC = self._rows(self.module, wanted, x_BTC), self._rows(self._dense, wanted, dense_BTC)
-            with self._naming(wanted, batch):
-                moments.add(x_TC, dense_TC)
+            with _routes(self.module, None) as chosen:
+                rows = self._rows(self.module, streams, x_BTC)
+            with _routes(self._dense, chosen):
+                dense_rows = self._rows(self._dense, streams, dense_BTC)
+            for stream in streams:
+                if stream.name in rows:  # an expert without a token in this batch has none
+                    with self._naming(stream, batch):
+                        moments[stream.name].add(rows.pop(stream.name), dense_rows.pop(stream.name))
         return moments
 
     @torch.no_grad()
@@ -123,10 +149,10 @@ class Block:
             out = module(x_BTC.to(self._walker.device), *call.args, **call.kwargs)
         return (out[0] if isinstance(out, tuple) else out).to(x_BTC.device)
 
-    def _rows(self, module: nn.Module, stream: Stream, x_BTC: torch.Tensor) -> torch.Tensor:
-        found: list[torch.Tensor] = []
-        self._capture(module, [stream], x_BTC, lambda _, x_TC: found.append(x_TC), stop=True)
-        return found[0]
+    def _rows(self, module: nn.Module, streams: Sequence[Stream], x_BTC: torch.Tensor) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        self._capture(module, streams, x_BTC, lambda stream, x_TC: found.__setitem__(stream.name, x_TC), stop=True)
+        return found
 
     def _capture(
         self,
@@ -176,6 +202,30 @@ def replace(block: nn.Module, path: str, quantized: QuantizedWeight, bias_R: tor
         linear.bias.copy_(bias_R)
 
 
+@contextmanager
+def _routes(root: nn.Module, chosen: dict[str, tuple[Any, ...]] | None) -> Iterator[dict[str, tuple[Any, ...]]]:
+    """Note how the routers inside send tokens to experts (indices and weights by module), or impose what is given."""
+    noted: dict[str, tuple[Any, ...]] = {}
+
+    def hook_for(name: str) -> Callable[..., Any]:
+        def note(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            noted[name] = inputs[1:]
+
+        def impose(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            assert chosen is not None
+            return (inputs[0], *chosen[name])
+
+        return note if chosen is None else impose
+
+    lists = [(name, module) for name, module in root.named_modules() if isinstance(module, ExpertList)]
+    handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in lists]
+    try:
+        yield noted
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class _Walker:
     """Hidden states between blocks (on the host) and the arguments every block is called with."""
 
@@ -209,7 +259,7 @@ class _Walker:
                 del block.forward
 
 
-Resident = Callable[[int], AbstractContextManager[Any]]  # inside, the weights of a block are in memory
+Resident = Callable[[int | None], AbstractContextManager[Any]]  # inside, a block (None: the rest) is in memory
 
 
 def walk(
@@ -224,12 +274,12 @@ def walk(
 
     batches: calibration inputs (`token_batches` for text), without padding. paired: also carry the dense model's
     activations (one more copy of them, and of one block). resident: for models whose blocks are not all in memory
-    (`LoadedModel.block`). No graph is built, no global state is touched: gradients
+    (`LoadedModel.part`). No graph is built, no global state is touched: gradients
     are on between the blocks if they were.
     """
     blocks = lookup(model, family.blocks)
     assert isinstance(blocks, nn.ModuleList)
-    with torch.no_grad():
+    with torch.no_grad(), resident(None):
         walker = _Walker(model, blocks, batches)
     for index, module in enumerate(blocks):
         with resident(index):

@@ -39,15 +39,18 @@ def streamed(folder: Path) -> LoadedModel:
 
 def test_blocks_are_absent_until_they_are_asked_for(streamed: LoadedModel) -> None:
     assert on_meta(streamed) == [True, True]
-    with streamed.block(1) as block:
+    with streamed.part(1) as block:
         assert on_meta(streamed) == [True, False] and block is lookup(streamed.model, f"{streamed.family.blocks}.1")
     assert on_meta(streamed) == [True, True]
-    outside = [name for name, parameter in streamed.model.named_parameters() if parameter.is_meta]
-    assert all(name.startswith(streamed.family.blocks) for name in outside)
+    assert all(parameter.is_meta for parameter in streamed.model.parameters())
+    with streamed.part(None):
+        absent = [name for name, parameter in streamed.model.named_parameters() if parameter.is_meta]
+        assert all(name.startswith(streamed.family.blocks) for name in absent)
+    assert all(parameter.is_meta for parameter in streamed.model.parameters())
 
 
 def test_a_block_is_given_back_after_an_error(streamed: LoadedModel) -> None:
-    with pytest.raises(ZeroDivisionError), streamed.block(0):
+    with pytest.raises(ZeroDivisionError), streamed.part(0):
         raise ZeroDivisionError
     assert on_meta(streamed) == [True, True]
 
@@ -67,7 +70,7 @@ def test_the_walk_sees_the_same_activations(streamed: LoadedModel, folder: Path)
     for loaded in (streamed, whole):
         batches = token_batches(IDS, 2)
         inputs = []
-        for block in walk(loaded.model, loaded.family, batches, paired=True, resident=loaded.block):
+        for block in walk(loaded.model, loaded.family, batches, paired=True, resident=loaded.part):
             moments = {name: block.measure_paired(name).total.gram_CC.clone() for name in block.streams}
             inputs.append(moments)
         seen.append(inputs)
@@ -79,7 +82,7 @@ def test_the_walk_sees_the_same_activations(streamed: LoadedModel, folder: Path)
 def test_values_put_in_after_filling_are_those_that_compute(streamed: LoadedModel) -> None:
     assert streamed.store is not None
     streamed.store.changed = lambda index, block: [parameter.zero_() for parameter in block.parameters()]
-    with streamed.block(0) as block:
+    with streamed.part(0) as block:
         assert all(bool((parameter == 0).all()) for parameter in block.parameters())
 
 
@@ -94,9 +97,9 @@ def test_damage_is_named_when_the_block_is_read(damage: str, tmp_path: Path) -> 
         tensors[key][0, 0] = torch.nan
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     loaded = load_model(str(tmp_path), stream=True)
-    with loaded.block(0):
+    with loaded.part(0):
         pass
-    with pytest.raises(UserError, match=r"layers\.1.*up_proj"), loaded.block(1):
+    with pytest.raises(UserError, match=r"layers\.1.*up_proj"), loaded.part(1):
         pass
 
 

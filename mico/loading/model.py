@@ -19,6 +19,7 @@ from mico.loading.names import local_folder, source_of
 from mico.loading.safety import check_folder, check_remote_code, fingerprint, reason, some, tensor_shapes
 from mico.loading.silence import quiet
 from mico.loading.streaming import MEMORY_SHARE, BlockStore, free_memory, shell
+from mico.packed.experts import unfuse
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_SEQLEN = 2048
@@ -42,10 +43,13 @@ class LoadedModel:
     store: BlockStore | None = None  # where the blocks come from when the model is streamed
 
     @contextmanager
-    def block(self, index: int) -> Iterator[nn.Module]:
-        """Inside, the weights of a block are in memory; they are dropped afterwards when the model is streamed."""
+    def part(self, index: int | None) -> Iterator[nn.Module]:
+        """Inside, the weights of a block (None: all outside the blocks) are in memory.
+
+        They are dropped afterwards when the model is streamed.
+        """
         if self.store is None:
-            yield lookup(self.model, f"{self.family.blocks}.{index}")
+            yield self.model if index is None else lookup(self.model, f"{self.family.blocks}.{index}")
             return
         try:
             yield self.store.fill(index)
@@ -162,8 +166,7 @@ def load_model(
     if not packed_config and (size > MEMORY_SHARE * free_memory(place) if stream is None else stream):
         store = _shell(folder, config, family, concrete, place, trust_remote_code)
     model = store.model if store else _weights(folder, config, wanted, trust_remote_code)
-    if family.prepare is not None:
-        family.prepare(model)
+    unfuse(model)
     try:
         if store is None:
             model.to(place)

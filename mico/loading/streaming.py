@@ -1,15 +1,15 @@
-"""Blocks of a model that is larger than memory, read from the weight files when they are needed.
+"""Parts of a model that is larger than memory, read from the weight files when they are needed.
 
-The model is a shell: embeddings, norms and head are there, every block is on the meta device until it is filled, and
-goes back to it afterwards. Names and fused tensors are converted by transformers, as in a whole load, so the values are
-the same bits.
+The model is a shell on the meta device. A block, or what lies outside all blocks (embeddings, norms, head: part None),
+is filled when it is needed and goes back to the meta device afterwards. Names and fused tensors are converted by
+transformers, as in a whole load, so the values are the same bits.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,26 +21,28 @@ from mico.adapters.family import lookup
 from mico.errors import UserError
 from mico.loading.safety import some, weight_map
 from mico.loading.silence import quiet
+from mico.packed.experts import fused_for_loading, per_expert
 
 MEMORY_SHARE = 0.8  # of the free memory that a whole model may take; above, its blocks are streamed
 
 
 class BlockStore:
-    """Fills and empties the blocks of one shell model. `changed` may put other values into a block just filled."""
+    """Fills and empties the parts of one shell model. `changed` may put other values into a part just filled."""
 
     def __init__(self, model: Any, folder: Path, blocks: str, dtype: torch.dtype, device: torch.device) -> None:
         self.model, self.folder, self._path, self.device = model, folder, blocks, device
-        self.changed: Callable[[int, nn.Module], None] | None = None
-        self._open = ExitStack()
-        self._keys: dict[int | None, list[tuple[Any, str]]] = {}
+        self.changed: Callable[[int | None, nn.Module], None] | None = None
+        self._keys: dict[int | None, dict[Path, list[str]]] = {}
         self._checked: set[int | None] = set()
         self._settings = _settings(model, dtype, device)
         pattern = re.compile(rf"(?:^|\.){re.escape(blocks.rpartition('.')[2])}\.(\d+)\.")
         for file in sorted(weight_map(folder)):
-            handle = self._open.enter_context(_opened(folder / file))
-            for key in handle.keys():  # noqa: SIM118 - not a mapping
+            with _opened(folder / file) as handle:
+                keys = list(handle.keys())
+            for key in keys:
                 match = None if "vision" in key else pattern.search(key)
-                self._keys.setdefault(int(match[1]) if match else None, []).append((handle, key))
+                part = self._keys.setdefault(int(match[1]) if match else None, {})
+                part.setdefault(folder / file, []).append(key)
 
     def fill(self, index: int | None) -> nn.Module:
         """Read one block (None: all outside the blocks) and return it. Raises UserError when a tensor is missing."""
@@ -59,22 +61,32 @@ class BlockStore:
             self._check_finite(module, "" if index is None else f"{self._path}.{index}.")
             self._checked.add(index)
         module.eval().requires_grad_(False)
-        if index is not None and self.changed is not None:
+        if self.changed is not None:
             self.changed(index, module)
         return module
 
-    def empty(self, index: int) -> None:
-        """Give the memory of a block back."""
-        for module in lookup(self.model, f"{self._path}.{index}").modules():
+    def empty(self, index: int | None) -> None:
+        """Give the memory of a part back."""
+        part = self.model if index is None else lookup(self.model, f"{self._path}.{index}")
+        for module in part.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+                if not parameter.is_meta:
+                    setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+        if index is None:
+            self.model.tie_weights()
 
     def _read(self, index: int | None) -> None:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
-        state = {key: handle.get_slice(key) for handle, key in self._keys.get(index, [])}
-        with quiet():
-            convert_and_load_state_dict_in_model(self.model, state, self._settings)
+        with ExitStack() as stack, quiet():  # a file is mapped no longer than it is read: its pages count as memory
+            state: dict[str, Any] = {}
+            for file, keys in self._keys.get(index, {}).items():
+                handle = stack.enter_context(_opened(file))
+                state |= {key: handle.get_slice(key) for key in keys}
+            # The settings are those of transformers, which knows fused experts alone.
+            with nullcontext() if index is None else fused_for_loading(lookup(self.model, f"{self._path}.{index}")):
+                convert_and_load_state_dict_in_model(self.model, state, self._settings)
+            self.model._weight_conversions = per_expert(self.model._weight_conversions)
         if index is None:
             self.model.tie_weights()
 
@@ -97,16 +109,15 @@ class BlockStore:
             handles.append(block.register_forward_pre_hook(lambda *_, index=index: self._fill_only(index)))
             handles.append(block.register_forward_hook(lambda *_, index=index: self.empty(index)))
         try:
+            self.fill(None)
             yield
         finally:
+            self.empty(None)
             for handle in handles:
                 handle.remove()
 
     def _fill_only(self, index: int) -> None:
         self.fill(index)
-
-    def close(self) -> None:
-        self._open.close()
 
 
 def _opened(file: Path) -> Any:
@@ -138,7 +149,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def shell(config: Any, folder: Path, blocks: str, dtype: torch.dtype, device: torch.device, make: Any) -> BlockStore:
-    """A model without its blocks, and the store that fills them. make: builds the model from the config."""
+    """A model without weights, and the store that fills it. make: builds the model from the config."""
     from transformers import GenerationConfig
 
     with _parameters_on_meta():
@@ -149,8 +160,8 @@ def shell(config: Any, folder: Path, blocks: str, dtype: torch.dtype, device: to
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
-    store.fill(None)
-    model.eval().requires_grad_(False)
+    store.fill(None)  # what is missing is told at once
+    store.empty(None)
     return store
 
 

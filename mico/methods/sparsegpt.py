@@ -20,8 +20,9 @@ def sparsegpt(problem: StreamProblem) -> list[LayerResult]:
     weight_RC = problem.weight_RC.float()
     pivots_C = factor.pivots_C.float()
     grids = [fit_grid(layer, layer.weight_RC.float(), pivots_C) for layer in problem.layers]
-    start_RC = weight_RC.clone()
-    start_RC[:, factor.dead_C] = 0
+    start_RC = weight_RC
+    if bool(factor.dead_C.any()):
+        start_RC = weight_RC.masked_fill(factor.dead_C, 0)
     swept = sweep(start_RC, factor, problem.segments, used(grids), problem.blocksize)
     return collect(problem, weight_RC, swept, grids, factor, problem.moments.gram_CC)
 
