@@ -97,7 +97,9 @@ def test_main_figures_are_told(report: Report) -> None:
     assert "protocol sparsegpt: wikitext2 from" in text and "windows of 128" in text
     assert f"true bits a weight {report['size']['true_bits']:.3f}" in text
     assert "Llama, 2 layers, hidden 64, 4 heads (2 kv), ffn 96" in text
-    assert "they are not smaller" in text
+    size = report["size"]
+    assert f"at true bits {size_text(size['packed_bytes'])}" in text
+    assert f"weight files written {size_text(size['bytes'])}" in text
     assert "Silhouette" in text or "silhouette" in text
     assert "· clustering" in text and "peak host memory" in text
 
