@@ -1,7 +1,7 @@
-"""`import mico` makes transformers load packed checkpoints, without making anyone wait for transformers.
+"""`import mico` makes transformers load packed checkpoints and MiniCPM, without making anyone wait for transformers.
 
-The plugin itself (mico/packed/hf.py) needs torch and transformers, which take seconds to import. So it is imported
-right after transformers' own table of quantizers, whenever that is.
+What registers them needs torch or transformers, which take seconds to import. So each is imported right after the
+table of transformers that it adds to, whenever that is.
 """
 
 from __future__ import annotations
@@ -16,15 +16,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-TABLE = "transformers.quantizers.auto"
-PLUGIN = "mico.packed.hf"
+_MODELS = "transformers.models.auto.modeling_auto"
+PLUGINS = {  # table of transformers -> what adds to it
+    "transformers.quantizers.auto": "mico.packed.hf",
+    "transformers.models.auto.configuration_auto": "mico.adapters.minicpm_config",
+    _MODELS: "mico.adapters.minicpm_config",
+}
 
 
 class _AfterImport(MetaPathFinder, Loader):
-    """Finds one module as everybody else does, and imports the plugin once that module has run."""
+    """Finds one module as everybody else does, and imports its plugin once that module has run."""
+
+    def __init__(self, table: str) -> None:
+        self.table = table
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != TABLE:
+        if name != self.table:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -38,15 +45,19 @@ class _AfterImport(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._inner.exec_module(module)
-        import_module(PLUGIN)
+        if self.table == "transformers.models.auto.configuration_auto" and _MODELS in sys.modules:
+            return  # that table is half imported, and configs need all of it: its own turn comes
+        import_module(PLUGINS[self.table])
 
 
 def register_when_needed() -> None:
-    """Register the plugin now if transformers knows its quantizers already, else as soon as it does."""
-    if TABLE in sys.modules:
-        import_module(PLUGIN)
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    """Import each plugin now if its table is there already, else as soon as it is."""
+    waiting = {finder.table for finder in sys.meta_path if isinstance(finder, _AfterImport)}
+    for table, plugin in PLUGINS.items():
+        if table in sys.modules:
+            import_module(plugin)
+        elif table not in waiting:
+            sys.meta_path.insert(0, _AfterImport(table))
 
 
 def load(folder: str | Path, *, execution: str | None = None, **options: Any) -> Any:
@@ -55,8 +66,7 @@ def load(folder: str | Path, *, execution: str | None = None, **options: Any) ->
     execution: 'auto', 'packed' or 'dense' (mico/packed/linear.py); `options` go to from_pretrained, for example
     dtype=torch.bfloat16, device_map="auto". Raises UserError when the folder holds no packed model or is damaged.
     """
-    from transformers import AutoModelForCausalLM
-
+    from mico.adapters import auto_class
     from mico.checkpoint import set_execution, verify_checkpoint
     from mico.errors import UserError
     from mico.files import read_json
@@ -67,6 +77,7 @@ def load(folder: str | Path, *, execution: str | None = None, **options: Any) ->
     if not (found / "config.json").is_file() or not is_packed(read_json(found / "config.json")):
         raise UserError(f"{folder}: no checkpoint packed by mico: give a run folder of mico compress, or its model/")
     verify_checkpoint(found)
-    model = AutoModelForCausalLM.from_pretrained(found, **options)
+    model_type = read_json(found / "config.json").get("model_type")
+    model = auto_class(model_type).from_pretrained(found, **options)
     set_execution(model, execution)
     return model.eval()

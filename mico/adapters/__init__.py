@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from mico.adapters.family import Family
 from mico.adapters.llama import LLAMA, MISTRAL, QWEN2, QWEN3
-from mico.adapters.opt import ABSENT, OPT
+from mico.adapters.llava import LLAVA
+from mico.adapters.minicpm import MINICPM, MINICPM3
+from mico.adapters.moe import MIXTRAL, QWEN2_MOE, QWEN3_MOE
+from mico.adapters.opt import OPT
 from mico.errors import UserError
 
-FAMILIES: tuple[Family, ...] = (OPT, LLAMA, MISTRAL, QWEN2, QWEN3)
+FAMILIES: tuple[Family, ...] = (
+    OPT, LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, MINICPM, MINICPM3, LLAVA,
+)  # fmt: skip
 
 
 def family_row(model_type: object) -> Family:
@@ -28,8 +32,11 @@ def family_of(config: Any) -> Family:
     Raises UserError naming the model_type when no family supports it.
     """
     family = family_row(getattr(config, "model_type", None))
+    return family if family.fit is None else family.fit(family, config)
 
-    def present(paths: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(path for path in paths if path not in ABSENT or not ABSENT[path](config))
 
-    return replace(family, before=present(family.before), after=present(family.after))
+def auto_class(model_type: object) -> Any:
+    """The class of transformers that loads models of this type with their head."""
+    import transformers
+
+    return getattr(transformers, family_row(model_type).auto)

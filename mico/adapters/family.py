@@ -5,9 +5,9 @@ A family is data, one row of `FAMILIES` (mico/adapters/__init__.py), not a class
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mico.errors import UserError
 
@@ -17,10 +17,14 @@ if TYPE_CHECKING:  # the table itself is read without torch, which takes seconds
 
 @dataclass(frozen=True)
 class Stream:
-    """All Linears of a block that read one tensor: they share one Hessian, one MI matrix, one grouping."""
+    """All Linears of a block that read one tensor: they share one Hessian, one MI matrix, one grouping.
+
+    expert: the number of the expert, which sees some of the tokens alone; None where all tokens pass.
+    """
 
     name: str
     linears: tuple[str, ...]
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,10 @@ class Family:
     """Paths of one family. `streams` are in dependency order: the output of one feeds a later one.
 
     before: modules that turn token ids into the input of block 0; after: modules between the last block and
-    the logits; prepare: run once on a loaded model (un-fuse, fix a config); vision: path of the vision tower.
+    the logits; vision: modules that see images, which stay dense; fit: the row as a model of this config needs it,
+    UserError where mico cannot take the config; auto: the class of transformers that loads a model with its head;
+    ships_code: its checkpoints ask for code of their own, which is ignored: a class of transformers or of mico does
+    the same.
     """
 
     name: str
@@ -37,8 +44,21 @@ class Family:
     before: tuple[str, ...]
     after: tuple[str, ...]
     streams: tuple[Stream, ...]
-    prepare: Callable[[nn.Module], None] | None = None
-    vision: str | None = None
+    vision: tuple[str, ...] = ()
+    fit: Callable[[Family, Any], Family] | None = None
+    auto: str = "AutoModelForCausalLM"
+    ships_code: bool = False
+
+
+def waves(streams: Sequence[Stream]) -> list[tuple[Stream, ...]]:
+    """The streams cut into runs that one pass can measure: those of several experts do not feed one another."""
+    runs: list[list[Stream]] = []
+    for stream in streams:
+        seen = {other.expert for other in runs[-1]} if runs else {None}
+        if stream.expert is None or None in seen or stream.expert in seen:
+            runs.append([])
+        runs[-1].append(stream)
+    return [tuple(run) for run in runs]
 
 
 def lookup(root: nn.Module, path: str) -> nn.Module:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from mico.adapters.family import Family, Stream
+
+
+def _fit(family: Family, config: Any) -> Family:
+    absent = set()
+    if config.word_embed_proj_dim == config.hidden_size:
+        absent |= {"model.decoder.project_in", "model.decoder.project_out"}
+    if not config.do_layer_norm_before or config._remove_final_layer_norm:
+        absent.add("model.decoder.final_layer_norm")
+    before = tuple(path for path in family.before if path not in absent)
+    return replace(family, before=before, after=tuple(path for path in family.after if path not in absent))
+
 
 OPT = Family(
     name="OPT",
@@ -19,19 +30,5 @@ OPT = Family(
         Stream("mlp_in", ("fc1",)),
         Stream("mlp_out", ("fc2",)),
     ),
+    fit=_fit,
 )
-
-
-def _same_width(config: Any) -> bool:
-    return config.word_embed_proj_dim == config.hidden_size
-
-
-def _no_final_norm(config: Any) -> bool:
-    return not config.do_layer_norm_before or config._remove_final_layer_norm
-
-
-ABSENT: Mapping[str, Callable[[Any], bool]] = {  # path -> whether a model of this config lacks it
-    "model.decoder.project_in": _same_width,
-    "model.decoder.project_out": _same_width,
-    "model.decoder.final_layer_norm": _no_final_norm,
-}
