@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ class Stack:
     prompt_tokens: int = 128
     new_tokens: int = 32
     repeats: int = 3
+    processor_time: int = 0  # 1: of one thread, which busy neighbours distort less than wall time
 
     def model(self) -> LlamaForCausalLM:
         """Random weights in bfloat16; every block has the same ones, which changes no time and saves some."""
@@ -160,19 +161,20 @@ def inference(stack: Stack, batches: Sequence[int], names: Sequence[str], consol
     title = (
         f"inference, bfloat16 | Llama {stack.layers} x {stack.hidden} (ffn {stack.ffn}, vocabulary {stack.vocabulary})"
         f" | {stack.prompt_tokens} tokens in, {stack.new_tokens} out | threads {stack.threads},"
+        f"{' processor time,' * stack.processor_time}"
         f" median of {stack.repeats} (min-max), torch {torch.__version__}"
     )
     columns = ("layout", "batch", "decode dense, tokens/s", "decode packed, tokens/s", "ratio", "goal",
                "prefill ratio", "weight memory", "goal", "GB/s", "Linears", "first token, s")  # fmt: skip
+    clock = process_time if stack.processor_time else perf_counter
     table, dense = Table(*columns, title=title), stack.model()
     for name in names:
         variant = VARIANTS[name]
         with tempfile.TemporaryDirectory() as folder, console.status(variant.name):
             packed, first = packed_from_disk(stack, variant, Path(folder))
             for batch in batches:
-                found = compare(
-                    dense, packed, random_ids(dense, batch, stack.prompt_tokens), stack.new_tokens, stack.repeats
-                )
+                ids_BP = random_ids(dense, batch, stack.prompt_tokens)
+                found = compare(dense, packed, ids_BP, stack.new_tokens, stack.repeats, clock=clock)
                 table.add_row(*_row(variant, batch, found, first))
             del packed
             gc.collect()
@@ -338,6 +340,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := set(names) - set(VARIANTS):
         parser.error(f"--layouts {min(unknown)}: choose from {', '.join(VARIANTS)}")
     stack = Stack(**options)
+    if stack.processor_time and stack.threads != 1:
+        parser.error("--processor-time 1 adds up threads: use --threads 1")
     if wants_sparse:
         console.print(sparse(stack.hidden, stack.threads, stack.repeats))
     elif wants_crossover:

@@ -134,18 +134,20 @@ def random_ids(model: Any, batch: int, tokens: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def generate(model: Any, ids_BP: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds of the prompt and of `new_tokens` greedy steps after it."""
+def generate(
+    model: Any, ids_BP: torch.Tensor, new_tokens: int, clock: Callable[[], float] = perf_counter
+) -> tuple[float, float]:
+    """Seconds of the prompt and of `new_tokens` greedy steps after it, by this clock."""
     _wait(ids_BP.device)
-    started = perf_counter()
+    started = clock()
     step = model(input_ids=ids_BP, use_cache=True, logits_to_keep=1)
     _wait(ids_BP.device)
-    prompt_done = perf_counter()
+    prompt_done = clock()
     for _ in range(new_tokens):
         ids_B1 = step.logits[:, -1:].argmax(-1)
         step = model(input_ids=ids_B1, past_key_values=step.past_key_values, use_cache=True)
     _wait(ids_BP.device)
-    return prompt_done - started, perf_counter() - prompt_done
+    return prompt_done - started, clock() - prompt_done
 
 
 def _wait(device: torch.device) -> None:
@@ -160,6 +162,7 @@ def compare(
     new_tokens: int,
     repeats: int,
     advance: Callable[[str], None] = lambda _: None,
+    clock: Callable[[], float] = perf_counter,
 ) -> dict[str, Any]:
     """Both models in turn, after a run each that is not counted: by arm prefill, decode (tokens/s) and memory.
 
@@ -169,7 +172,7 @@ def compare(
     seconds: dict[str, list[tuple[float, float]]] = {arm: [] for arm in ARMS}
     for repeat in range(repeats + 1):
         for arm in ARMS:
-            taken = generate(models[arm], ids_BP, max(new_tokens, 0 if repeat else PATIENCE))
+            taken = generate(models[arm], ids_BP, max(new_tokens, 0 if repeat else PATIENCE), clock)
             if repeat:
                 seconds[arm].append(taken)
             advance(arm)
