@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import statistics
 from collections import Counter
@@ -192,12 +193,14 @@ def _bits(layers: list[dict[str, Any]]) -> Section:
 def _errors(layers: list[dict[str, Any]]) -> Section:
     """Relative output error: one row a block and one column a Linear where the blocks are alike."""
     prefix = _common_prefix([line["layer"] for line in layers])
-    paths = [_inside_block(line, prefix) for line in layers]
+    paths = [_any_expert(_inside_block(line, prefix)) for line in layers]
     names = {path: _short(path) for path in paths}
     if len(set(names.values())) < len(names):  # two Linears of one name: their whole paths tell them apart
         names = {path: path for path in paths}
     blocks = _blocks(layers)
-    found = {(line["block"], path): line["error"] for line, path in zip(layers, paths, strict=True)}
+    found: dict[tuple[int, str], float] = {}
+    for line, path in zip(layers, paths, strict=True):
+        found[line["block"], path] = max(line["error"], found.get((line["block"], path), 0.0))
     worst = max(found, key=lambda place: found[place])
     rows, strong = [], set()
     for index, block in enumerate(blocks):
@@ -205,7 +208,8 @@ def _errors(layers: list[dict[str, Any]]) -> Section:
         strong |= {(index, column) for column, path in enumerate(names, 1) if (block, path) == worst}
     lines = (
         f"Squared error of the output on the inputs that the layer sees, relative. Worst: {_error_text(found[worst])} "
-        f"at block {worst[0]}, {worst[1]}.",
+        f"at block {worst[0]}, {worst[1]}."
+        + (" Of experts the worst." if any("experts.*" in path for path in names) else ""),
     )
     return Section("Error per layer", ("block", *names.values()), tuple(rows), lines, frozenset(strong))
 
@@ -294,7 +298,7 @@ def _costs(report: Report) -> Section:
 def _by_stream(records: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     streams: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        streams.setdefault(record["stream"], []).append(record)
+        streams.setdefault(_any_expert(record["stream"]), []).append(record)
     return streams
 
 
@@ -315,6 +319,11 @@ def _common_prefix(layers: list[str]) -> str:
 
 def _inside_block(line: dict[str, Any], prefix: str) -> str:
     return line["layer"].removeprefix(f"{prefix}{line['block']}.")
+
+
+def _any_expert(path: str) -> str:
+    """The path with the number of an expert left open: those of a layer are told as one."""
+    return re.sub(r"\bexperts\.\d+\.", "experts.*.", path)
 
 
 def _short(path: str) -> str:

@@ -19,6 +19,7 @@ FILES = (
     "gpu_kernel",
     "gpu",
     "linear",
+    "experts",
     "hf",
 )  # each imports only from those before it
 HEADER = '''"""Loads and runs a model compressed by mico, without mico: AutoModelForCausalLM.from_pretrained(FOLDER,

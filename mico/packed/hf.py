@@ -23,6 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mico.packed.blob import decode_labels
+from mico.packed.experts import fuse, per_expert, put, unfuse
 from mico.packed.linear import PackedEmbedding, PackedLinear
 
 METHOD = "mico"
@@ -66,6 +67,7 @@ class MicoQuantizer(HfQuantizer):
     ) -> Any:
         if not checkpoint_files:
             raise ValueError("a packed model is loaded from its safetensors files, give its folder")
+        unfuse(model)
         headers = _renamed(model, _headers(checkpoint_files))
         _check_complete(model, headers)
         names = dict(_module_names(model, headers))
@@ -82,6 +84,10 @@ class MicoQuantizer(HfQuantizer):
         share_labels(model, self.quantization_config)
         model.__class__ = packed_class(type(model))
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Packed experts stay one tensor a Linear."""
+        return per_expert(super().update_weight_conversions(weight_conversions, model))
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         return unpacked(model, dtype or model.dtype)
@@ -107,7 +113,7 @@ def _headers(files: Iterable[str]) -> dict[str, tuple[str, list[int]]]:
 
 def _renamed(model: Any, headers: dict[str, tuple[str, list[int]]]) -> dict[str, tuple[str, list[int]]]:
     """The headers by the names tensors have in the model: some models (LLaVA) are stored in an older layout."""
-    steps = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    steps = [step for step in per_expert(get_model_conversion_mapping(model)) if isinstance(step, WeightRenaming)]
     return {rename_source_key(key, steps, [])[0]: header for key, header in headers.items()}
 
 
@@ -160,12 +166,6 @@ def _packed_module(old: nn.Module, headers: dict[str, tuple[str, list[int]]], ke
     return PackedLinear(old.in_features, old.out_features, size, bias, old.weight.device)
 
 
-def put(model: Any, name: str, module: nn.Module) -> None:
-    """Replace the submodule of a dotted name."""
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
-
-
 def tie_head(model: Any, name: str, size: int) -> None:
     """Make the head `name` one that shares the embedding's blob, which it gets from `share_labels`.
 
@@ -203,7 +203,7 @@ def share_labels(model: Any, config: MicoConfig) -> None:
 
 
 def unpacked(model: Any, dtype: torch.dtype) -> Any:
-    """The model with dense Linears and embeddings in place of packed ones, tied as before."""
+    """The model with dense Linears and embeddings in place of packed ones, tied as before, its experts fused."""
     dense: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules()):
         if not isinstance(module, (PackedLinear, PackedEmbedding)):
@@ -211,6 +211,9 @@ def unpacked(model: Any, dtype: torch.dtype) -> Any:
         parameter = dense.setdefault(module.weight.data_ptr(), nn.Parameter(module.dense(dtype), requires_grad=False))
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, _dense_module(module, parameter, dtype))
+    fuse(model)
+    if getattr(model, "hf_quantizer", None) is not None:  # saved, it shall not say that it is packed
+        model.hf_quantizer.remove_quantization_config(model)
     own = type(model)
     if issubclass(own, PackedModel):
         model.__class__ = own.__mro__[2]
