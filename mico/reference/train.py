@@ -23,10 +23,15 @@ from torch.nn import functional
 from mico.data import EVALUATION_SPLIT, TEXTS, DataError, embedded_corpus, evaluation_windows, load_text
 
 SEQLEN, BATCH, VOCABULARY = 512, 16, 4096
+EXPERTS, EXPERTS_PER_TOKEN, AUXILIARY = 8, 2, 0.02  # of Mixtral; the last weighs the loss that balances them
 WARMUP_STEPS, PEAK_LR, WEIGHT_DECAY, CLIP = 100, 4e-3, 0.1, 1.0
 # How often one epoch repeats a text: the evaluation domains are small, the general corpora large.
 REPEATS = {"docs": 1, "wikitext2": 3, "ptb": 3, "c4": 3}
-SIZES = {"tiny": dict(hidden=128, layers=6, heads=4), "small": dict(hidden=256, layers=8, heads=8)}
+SIZES = {
+    "micro": dict(hidden=128, layers=2, heads=4),
+    "tiny": dict(hidden=128, layers=6, heads=4),
+    "small": dict(hidden=256, layers=8, heads=8),
+}
 
 
 @dataclass(frozen=True)
@@ -36,15 +41,17 @@ class Recipe:
     tokens: int
     seed: int
     data: str  # sha256 of the texts
+    batch: int = BATCH
 
     @property
     def steps(self) -> int:
-        return math.ceil(self.tokens / (SEQLEN * BATCH))
+        return math.ceil(self.tokens / (SEQLEN * self.batch))
 
 
 def build_model(arch: str, size: str) -> Any:
-    """Return an untrained causal LM: `llama` (GQA, RMSNorm, tied head) or `opt` (biases, learned positions)."""
-    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+    """Return an untrained causal LM: `llama` (GQA, RMSNorm, tied head), `mixtral` (the same with experts) or `opt`
+    (biases, learned positions)."""
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
 
     s = SIZES[size]
     shared: dict[str, Any] = dict(
@@ -54,6 +61,10 @@ def build_model(arch: str, size: str) -> Any:
     if arch == "llama":
         grouped: dict[str, Any] = dict(num_key_value_heads=s["heads"] // 2, intermediate_size=3 * s["hidden"])
         return LlamaForCausalLM(LlamaConfig(**shared, **grouped, tie_word_embeddings=True))
+    if arch == "mixtral":
+        experts: dict[str, Any] = dict(num_local_experts=EXPERTS, num_experts_per_tok=EXPERTS_PER_TOKEN)
+        experts |= dict(num_key_value_heads=s["heads"] // 2, intermediate_size=s["hidden"])
+        return MixtralForCausalLM(MixtralConfig(**shared, **experts, tie_word_embeddings=True))
     extra: dict[str, Any] = dict(
         ffn_dim=4 * s["hidden"], word_embed_proj_dim=s["hidden"], dropout=0.0, attention_dropout=0.0
     )
@@ -123,13 +134,18 @@ def train(recipe: Recipe, streams: dict[str, torch.Tensor], work: Path, device: 
     groups = [dict(params=matrices, weight_decay=WEIGHT_DECAY), dict(params=vectors, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), fused=True)
 
+    routed: dict[str, Any] = dict(output_router_logits=True) if recipe.arch == "mixtral" else {}
+
     def loss_of(ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16):
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        return functional.cross_entropy(logits.reshape(-1, VOCABULARY).float(), ids[:, 1:].reshape(-1))
+            out = model(input_ids=ids, use_cache=False, **routed)
+        loss = functional.cross_entropy(out.logits[:, :-1].reshape(-1, VOCABULARY).float(), ids[:, 1:].reshape(-1))
+        return loss + AUXILIARY * out.aux_loss if routed else loss  # tokens are spread over the experts
 
     compiled: Any = loss_of
-    if device.type == "cuda" or any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+    if routed:
+        print("experts are chosen anew at every token: training without torch.compile", flush=True)
+    elif device.type == "cuda" or any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         compiled = torch.compile(loss_of)
     else:
         print("no C++ compiler: training without torch.compile, at half the speed", flush=True)
@@ -143,20 +159,20 @@ def train(recipe: Recipe, streams: dict[str, torch.Tensor], work: Path, device: 
     windows = epoch_windows(streams, recipe.seed + epoch)
     started, first, running = time.monotonic(), step, 0.0
     while step < recipe.steps:
-        if window + BATCH > len(windows):
+        if window + recipe.batch > len(windows):
             epoch, window = epoch + 1, 0
             windows = epoch_windows(streams, recipe.seed + epoch)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe.steps)
-        loss = compiled(windows[window : window + BATCH].to(device))
+        loss = compiled(windows[window : window + recipe.batch].to(device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        step, window, running = step + 1, window + BATCH, running + loss.item()
+        step, window, running = step + 1, window + recipe.batch, running + loss.item()
         if step % 50 == 0:
-            rate = (step - first) * SEQLEN * BATCH / (time.monotonic() - started)
-            left = (recipe.steps - step) * SEQLEN * BATCH / rate / 60
+            rate = (step - first) * SEQLEN * recipe.batch / (time.monotonic() - started)
+            left = (recipe.steps - step) * SEQLEN * recipe.batch / rate / 60
             print(
                 f"step {step}/{recipe.steps} loss {running / 50:.4f} {rate:,.0f} tok/s {left:.0f} min left", flush=True
             )
@@ -200,7 +216,7 @@ def model_card(recipe: Recipe, counts: dict[str, int], perplexities: dict[str, f
     return f"""# {recipe.size}-{recipe.arch}
 
 A reference model of mico: {parameters:,} parameters ({recipe.arch}, {SIZES[recipe.size]}), trained for
-{recipe.steps * SEQLEN * BATCH:,} tokens ({recipe.steps:,} steps of {BATCH} x {SEQLEN}, AdamW, peak learning rate
+{recipe.steps * SEQLEN * recipe.batch:,} tokens ({recipe.steps:,} steps of {recipe.batch} x {SEQLEN}, AdamW, peak learning rate
 {PEAK_LR}, cosine, bf16 autocast, seed {recipe.seed}) so that the damage of compression shows. It is an
 instrument for measuring compression, not a model to talk to.
 
@@ -221,26 +237,30 @@ Perplexity, fp32, windows of {SEQLEN} without overlap (SparseGPT protocol; local
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arch", choices=("llama", "opt"), required=True)
+    parser.add_argument("--arch", choices=("llama", "opt", "mixtral"), required=True)
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
     parser.add_argument("--tokens", type=int, default=36_000_000)
+    parser.add_argument("--batch", type=int, default=BATCH, help="windows a step")
+    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer of 4,096 entries; none: train one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="checkpoint and tokenizer while training")
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     args = parser.parse_args()
+    from transformers import AutoTokenizer
+
     torch.set_num_threads(args.threads)
     texts = training_texts(args.data_dir)
     data = hashlib.sha256("\0".join(f"{name}\0{text}" for name, text in texts.items()).encode()).hexdigest()
-    recipe = Recipe(args.arch, args.size, args.tokens, args.seed, data)
+    recipe = Recipe(args.arch, args.size, args.tokens, args.seed, data, args.batch)
     args.work.mkdir(parents=True, exist_ok=True)
     recipe_file = args.work / "recipe.json"
     if recipe_file.exists() and json.loads(recipe_file.read_text()) != asdict(recipe):
         raise SystemExit(f"{recipe_file} is of another recipe or other texts: give another --work folder or remove it")
     recipe_file.write_text(json.dumps(asdict(recipe)))
 
-    tokenizer = train_tokenizer(texts)
+    tokenizer = train_tokenizer(texts) if args.tokenizer is None else AutoTokenizer.from_pretrained(args.tokenizer)
     streams = {n: tokenizer(t, return_tensors="pt", add_special_tokens=False).input_ids[0] for n, t in texts.items()}
     print({name: len(ids) for name, ids in streams.items()}, flush=True)
     model = train(recipe, streams, args.work, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
