@@ -203,7 +203,8 @@ def _write_settings(folder: Path, model: Any, family: Family, config: MicoConfig
     described.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    (folder / SHIPPED).write_text(shipped_source(), encoding="utf-8")
+    if auto_map:
+        (folder / SHIPPED).write_text(shipped_source(), encoding="utf-8")
 
 
 def packed_config(family: Family) -> MicoConfig:

@@ -115,7 +115,8 @@ def compress(
     use_mi_grouping: o.UseMiGrouping = None,
     grouping: o.Grouping = None, mi_method: o.MiMethod = "gaussian", cluster: o.Cluster = "spectral",
     statistics: o.StatisticsDir = None, groups: o.GroupsDir = None, save: o.Save = None, device: o.Device = "auto",
-    dtype: o.Dtype = "auto", strict: o.Strict = False, json: o.JsonFile = None, debug: o.Debug = False,
+    dtype: o.Dtype = "auto", allow_partial: o.AllowPartial = False, strict: o.Strict = False,
+    json: o.JsonFile = None, debug: o.Debug = False,
     verbose: o.Verbose = 0, quiet: o.Quiet = False,
 ) -> None:  # fmt: skip
     """Compress a model, doing what is missing before it, and measure the result. A killed run goes on when repeated."""
@@ -131,7 +132,7 @@ def compress(
             blocksize=blocksize, profile=profile, embed_bits=embed_bits, calib=calib, nsamples=nsamples, seqlen=seqlen,
             batch_size=batch_size, seed=seed, device=device, dtype=dtype, eval=eval, save=save, data_dir=data_dir,
             data_file=data_file, statistics=statistics, groups=groups, offline=offline,
-            trust_remote_code=trust_remote_code, stream=stream, strict=strict, json=json,
+            trust_remote_code=trust_remote_code, stream=stream, allow_partial=allow_partial, strict=strict, json=json,
             console=_console(quiet, verbose),
         )  # fmt: skip
     except ContractError as broken:  # the run is whole: its report is shown before the exit code tells of the contract

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import mico.stages as stages
+from mico.adapters import auto_class
 from mico.callable import callable_module
 from mico.card import model_card
 from mico.checkpoint import save_packed, set_execution, write_manifest
@@ -25,7 +26,7 @@ from mico.console import Console
 from mico.data import Windows
 from mico.errors import ContractError, UserError
 from mico.files import atomic_write, read_json
-from mico.loading import LoadedModel, describe, quiet
+from mico.loading import LoadedModel, copy_processor, describe, quiet, stream_widths
 from mico.packed.quantized import QuantizedWeight
 from mico.packed.table import quantize_table, run_length
 from mico.perplexity import PROTOCOL, default_texts, evaluate_texts, evaluation_sets, parse_texts, protocol_line
@@ -40,6 +41,7 @@ from mico.walk import replace
 
 callable_module(__name__)
 LAYOUT = 2  # of a run folder and of the algorithms behind its bytes; another number makes older folders unfit
+COVERAGE = 0.9  # share of the Linear parameters that must be compressed, unless --allow-partial
 MODEL = "model"  # the loadable model inside a run folder
 DENSE = "dense.json"  # perplexities of the dense model, kept for a resumed run
 
@@ -80,6 +82,7 @@ def compress(
     offline: bool = False,
     trust_remote_code: bool = False,
     stream: bool | None = None,
+    allow_partial: bool = False,
     strict: bool = False,
     json: str | None = None,
     console: Console | None = None,
@@ -122,7 +125,7 @@ def compress(
             else:
                 for name in run.damaged:
                     console.note(f"{run.path / name} is missing or damaged: written again from the finished blocks")
-                job = _Job(preparation, settings, sets, run, console, arm, statistics, groups)
+                job = _Job(preparation, settings, sets, run, console, arm, statistics, groups, allow_partial)
                 report = job.run_all()
     if json:
         atomic_json(json, flat(report))
@@ -143,15 +146,13 @@ def _arguments(preparation: Preparation, settings: Compression, sets: dict[str, 
 
 def check_shapes(preparation: Preparation, settings: Compression) -> None:
     """Refuse, before the weights are read, what the shapes of this model cannot take."""
-    config = preparation.config
-    widths = [config.hidden_size, getattr(config, "intermediate_size", None) or config.ffn_dim]
+    config = preparation.config.get_text_config()
+    widths = sorted(set(stream_widths(preparation.config, preparation.source.trust_remote_code).values()))
     if settings.pattern and any(width % settings.pattern[1] for width in widths):
         n, m = settings.pattern
         raise UserError(f"--pattern {n}:{m}: the model's input widths {widths} are not multiples of {m}")
     if settings.profile:
-        heads = config.num_attention_heads
-        attended = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-        for width in (*widths, attended):
+        for width in widths:
             PROFILES[settings.profile].group_size(width, settings.group_size)
     if settings.embed_bits != 16:
         run_length(getattr(config, "word_embed_proj_dim", config.hidden_size), settings.embed_bits)
@@ -172,6 +173,7 @@ class _Job:
     arm: str | None
     statistics: str | None
     groups: str | None
+    allow_partial: bool
 
     def __post_init__(self) -> None:
         self.resumed = self.run.finished
@@ -181,6 +183,7 @@ class _Job:
     def run_all(self) -> dict[str, Any]:
         loaded = self.preparation.load()
         architecture = describe(loaded.model, loaded.family)
+        self._check_coverage(architecture)
         self._check_disk(architecture["parameters"])
         self._announce(architecture)
         dense = self._dense_scores(loaded)
@@ -204,6 +207,18 @@ class _Job:
         self._describe(report)
         self.run.finish(report)
         return report
+
+    def _check_coverage(self, architecture: dict[str, Any]) -> None:
+        share = architecture["coverage"]
+        dense = (
+            f"; {architecture['vision']:,} parameters that see images stay dense" if "vision" in architecture else ""
+        )
+        self.console.note(f"compress: {share:.1%} of the Linear parameters of the language model{dense}")
+        if share < COVERAGE and not self.allow_partial:
+            raise UserError(
+                f"model {self.preparation.source.model}: only {share:.1%} of its Linear parameters would be compressed, "
+                f"below {COVERAGE:.0%}: pass --allow-partial if that is meant"
+            )
 
     def _check_disk(self, parameters: int) -> None:
         """The saved model (at most 16 bits a weight) and the blocks (a code and a mask bit a weight) must fit."""
@@ -241,11 +256,9 @@ class _Job:
         self, dtype: torch.dtype, device: torch.device, execution: str, check: torch.Tensor
     ) -> dict[str, dict[str, Any]]:
         """Perplexities of the model as it lies on disk, after its logits were found equal to the ones in memory."""
-        from transformers import AutoModelForCausalLM
-
-        folder = self.run.path / MODEL
+        folder, loader = self.run.path / MODEL, auto_class(self.preparation.config.model_type)
         with quiet(), self.console.stage("reload"):
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+            model: Any = loader.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
         model.to(device).eval()
         set_execution(model, execution)  # in 16 bits the kernels round otherwise than a dense product
         if not torch.isfinite(check).all():
@@ -290,7 +303,7 @@ class _Job:
             loaded.store.changed = lambda index, part: self._put_finished(index, part, tables)
         with loaded.running():
             logits = _logits(model, self._probe(loaded.device))
-        model.config.use_cache = True
+        model.config.get_text_config().use_cache = True
 
         def weights(index: int) -> dict[str, QuantizedWeight]:
             layers = self.run.read_block(index)[0]
@@ -301,6 +314,7 @@ class _Job:
             (staging / MODEL).mkdir()
             rest = save_packed(staging / MODEL, model, family, tables, weights, dtype, loaded.part)
             loaded.tokenizer.save_pretrained(staging / MODEL)
+            copy_processor(loaded.folder, staging / MODEL)
         return logits, rest
 
     def _put_finished(self, index: int | None, part: nn.Module, tables: dict[str, QuantizedWeight]) -> None:

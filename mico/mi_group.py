@@ -8,6 +8,7 @@ import mico.stages as stages
 from mico.callable import callable_module
 from mico.console import Console
 from mico.errors import UserError
+from mico.loading import stream_widths
 from mico.settings import Grouping, Source
 from mico.stages import Preparation
 from mico.summary import groups_section
@@ -53,7 +54,7 @@ def mi_group(
         trust_remote_code, stream,
     )  # fmt: skip
     preparation = Preparation(source, console)
-    _check(chosen, preparation.config)
+    _check(chosen, preparation)
     found = stages.statistics(preparation, statistics)
     made = stages.groups(preparation, found, chosen, save)
     records = [record for index in range(preparation.blocks()) for record in made.block(index)[1]]
@@ -62,9 +63,9 @@ def mi_group(
     )
 
 
-def _check(grouping: Grouping, config: Any) -> None:
+def _check(grouping: Grouping, preparation: Preparation) -> None:
     """Refuse, before anything is measured, more groups than the narrowest stream has channels."""
-    narrowest = min(config.hidden_size, getattr(config, "intermediate_size", None) or config.ffn_dim)
+    narrowest = min(stream_widths(preparation.config, preparation.source.trust_remote_code).values())
     if isinstance(grouping.n_groups, int) and grouping.n_groups > narrowest:
         raise UserError(
             f"--n-groups {grouping.n_groups}: more groups than channels, the narrowest stream has {narrowest}"

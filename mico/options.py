@@ -196,6 +196,9 @@ Execution = Annotated[
         help="auto: kernels for few tokens, dense weights for many; packed: never keep a dense weight; dense: always.",
     ),
 ]  # fmt: skip
+AllowPartial = Annotated[
+    bool, _option(_RUN, "--allow-partial", help="Go on when under 90 % of the Linear parameters can be compressed.")
+]
 Strict = Annotated[bool, _option(_RUN, "--strict", help="Exit with 3 when a fallback was needed.")]
 JsonFile = Annotated[str | None, _option(_RUN, "--json", metavar="FILE", help="Write the figures here as JSON.")]
 MarkdownFile = Annotated[str | None, _option(_RUN, "--markdown", metavar="FILE", help="Write what is shown here.")]

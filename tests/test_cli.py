@@ -43,7 +43,7 @@ SURFACE: dict[str, dict[str, Any]] = {
         "--sparsity": None, "--pattern": None, "--wbits": 4, "--target-avg-bits": None, "--method": None,
         "--arm": None, "--allocation": None, "--group-size": None, "--percdamp": 0.01, "--blocksize": 128,
         "--embed-bits": 16, "--profile": None,
-        "--eval": None, "--save": None, "--strict": False, "--json": None,
+        "--eval": None, "--save": None, "--strict": False, "--allow-partial": False, "--json": None,
     },
     "eval": {
         "model": None, "--eval": None, "--data-dir": None, "--data-file": None, "--seqlen": None, "--batch-size": 8,

@@ -107,16 +107,6 @@ def test_a_config_cannot_choose_an_attention_kernel_from_the_hub(folder: Path, k
     assert loading.load_model(str(folder), device="cpu").model.config._attn_implementation == "sdpa"
 
 
-def test_prepare_is_called(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dataclasses
-
-    from mico.loading import model as module
-
-    seen: list[Any] = []
-    monkeypatch.setattr(module, "family_of", lambda c: dataclasses.replace(family_of(c), prepare=seen.append))
-    assert loading.load_model(str(folder), device="cpu").model is seen[0]
-
-
 def test_nothing_is_printed_and_settings_are_put_back(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     edit(
@@ -143,7 +133,7 @@ def test_architecture_and_coverage(folder: Path) -> None:
     loaded = loading.load_model(str(folder), device="cpu")
     facts = loading.describe(loaded.model, loaded.family)
     assert facts == dict(
-        family="OPT", layers=2, hidden=32, heads=4, kv_heads=4, ffn=48, vocabulary=40, tied_head=True,
+        family="OPT", layers=2, hidden=32, heads=4, kv_heads=4, ffn=48, vocabulary=40, tied_head=True, coverage=1.0,
         parameters=sum(p.numel() for p in loaded.model.parameters()),
     )  # fmt: skip
     assert loading.coverage(loaded.model, loaded.family) == 1.0
@@ -292,7 +282,7 @@ def test_an_uncached_model_offline() -> None:
 
 CONFIG_MISTAKES: list[tuple[Edit, str]] = [
     (lambda c: c.update(model_type="bloom"), "model_type 'bloom' is not supported: the families are OPT"),
-    (lambda c: c.update(model_type="minicpm", auto_map={"A": "b.C"}), "model_type 'minicpm' is not supported"),
+    (lambda c: c.update(model_type="gpt_neox", auto_map={"A": "b.C"}), "model_type 'gpt_neox' is not supported"),
     (lambda c: c.update(model_type="a\nb"), r"model_type 'a\nb' is not supported"),
     (lambda c: c.pop("model_type"), "model_type None is not supported"),
     (lambda c: c.update(auto_map={"AutoConfig": "evil.Config"}), "'auto_map' asks to run the model's own code"),

@@ -81,7 +81,7 @@ def rounding_notes(errors: Mapping[str, float], dtype: torch.dtype) -> list[str]
 @torch.no_grad()
 def probe_logits(model: Any) -> torch.Tensor:
     """Logits of a fixed sequence of tokens."""
-    vocabulary = model.config.vocab_size
+    vocabulary = model.config.get_text_config().vocab_size
     tokens = min(PROBE, getattr(model.config, "max_position_embeddings", PROBE))
     ids_BT = (torch.arange(tokens)[None] * 7919 + 11) % vocabulary
     return model(input_ids=ids_BT, use_cache=False).logits.float()

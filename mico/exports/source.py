@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mico.adapters import family_of
+from mico.adapters import auto_class, family_of
 from mico.adapters.family import Family
 from mico.checkpoint import verify_checkpoint
 from mico.errors import UserError
@@ -104,11 +104,12 @@ def read_packed(name: str | Path) -> PackedSource:
     packed = {f"{name}.weight" for name in modules}
     tied = set(model.all_tied_weights_keys)
     others = {key: tensor for key, tensor in model.state_dict().items() if key not in packed | tied}
-    del config.quantization_config, config.auto_map
+    del config.quantization_config
+    if getattr(config, "auto_map", None):  # models whose class is mico's own have none
+        del config.auto_map
     return PackedSource(folder, config, tokenizer, family_of(config), _Weights(modules), others)
 
 
 def _load(folder: Path, dtype: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    model_type = read_json(folder / "config.json").get("model_type")
+    return auto_class(model_type).from_pretrained(folder, dtype=dtype, local_files_only=True)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         DTYPES,
         LoadedModel,
         context_length,
+        copy_processor,
         coverage,
         describe,
         load_config,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         load_tokenizer,
         pick_device,
         quiet,
+        stream_widths,
     )
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "REFERENCE_DIR",
     "LoadedModel",
     "context_length",
+    "copy_processor",
     "coverage",
     "describe",
     "fingerprint",
@@ -43,6 +46,7 @@ __all__ = [
     "pick_device",
     "quiet",
     "resolve",
+    "stream_widths",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mico.adapters import family_of, family_row
+from mico.adapters import auto_class, family_of, family_row
 from mico.adapters.family import Family, linears_of, lookup
 from mico.checkpoint import verify_checkpoint  # its import also registers the plugin of packed checkpoints
 from mico.errors import UserError
-from mico.loading.names import local_folder, source_of
+from mico.loading.names import PROCESSOR_FILES, local_folder, source_of
 from mico.loading.safety import check_folder, check_remote_code, fingerprint, reason, some, tensor_shapes
 from mico.loading.silence import quiet
 from mico.loading.streaming import MEMORY_SHARE, BlockStore, free_memory, shell
@@ -63,9 +64,12 @@ class LoadedModel:
 
 def _checked_folder(name: str, weights: bool, offline: bool, trust_remote_code: bool, packed: bool) -> Path:
     folder = local_folder(name, weights=weights, offline=offline, trust_remote_code=trust_remote_code)
-    family_row(check_folder(folder, packed).get("model_type"))
+    config = check_folder(folder, packed)
+    if "mm_vision_tower" in config:
+        raise UserError(f"{folder}: a LLaVA checkpoint in its original format: convert it with `mico import-llava`")
+    family = family_row(config.get("model_type"))
     if not trust_remote_code:
-        check_remote_code(folder)
+        check_remote_code(folder, family.ships_code)
     return folder
 
 
@@ -81,11 +85,17 @@ def load_config(name: str, *, offline: bool = False, trust_remote_code: bool = F
 def _config(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
+    code = _runs_code(folder, trust_remote_code)
     try:
         with quiet():
-            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=code)
     except Exception as error:  # a config can be wrong in any way
         raise UserError(f"{folder / 'config.json'} describes no valid model: {reason(error)}") from error
+
+
+def _runs_code(folder: Path, trust_remote_code: bool) -> bool:
+    """Whether the code that comes with a model may run: asked for, and not done by a class that is here already."""
+    return trust_remote_code and not family_row(check_folder(folder, packed=True).get("model_type")).ships_code
 
 
 def load_tokenizer(name: str, *, offline: bool = False, trust_remote_code: bool = False, packed: bool = False) -> Any:
@@ -108,7 +118,7 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
 def context_length(config: Any, seqlen: int | None = None) -> int:
     """The sequence length to use: `seqlen` if the model can take it, else its maximum, at most 2048."""
-    maximum = getattr(config, "max_position_embeddings", None) or DEFAULT_SEQLEN
+    maximum = getattr(config.get_text_config(), "max_position_embeddings", None) or DEFAULT_SEQLEN
     if seqlen is None:
         return min(maximum, DEFAULT_SEQLEN)
     if not 2 <= seqlen <= maximum:
@@ -153,6 +163,7 @@ def load_model(
     folder = _checked_folder(name, True, offline, trust_remote_code, packed)
     config = _config(folder, trust_remote_code)  # weights can lie in another revision than the one looked at first
     tokenizer = _tokenizer(folder, trust_remote_code)
+    trust_remote_code = _runs_code(folder, trust_remote_code)
     shapes = tensor_shapes(folder)
     if getattr(config, "quantization_config", None):  # sizes are stated by the packed weights, checked as they load
         verify_checkpoint(folder)
@@ -181,24 +192,20 @@ def load_model(
 def _shell(
     folder: Path, config: Any, family: Family, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
 ) -> BlockStore:
-    from transformers import AutoModelForCausalLM
-
     def make(config: Any, dtype: torch.dtype) -> Any:
-        return AutoModelForCausalLM.from_config(
+        return auto_class(config.model_type).from_config(
             config, attn_implementation="sdpa", dtype=dtype, trust_remote_code=trust_remote_code
         )
 
     store = shell(config, folder, family.blocks, dtype, device, make)
-    store.model.config.use_cache = False
+    store.model.config.get_text_config().use_cache = False
     return store
 
 
 def _weights(folder: Path, config: Any, dtype: Any, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
-
     try:
         with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_class(config.model_type).from_pretrained(
                 folder, config=config, dtype=dtype, attn_implementation="sdpa", use_safetensors=True,
                 local_files_only=True, trust_remote_code=trust_remote_code,
                 ignore_mismatched_sizes=True, output_loading_info=True,
@@ -215,21 +222,18 @@ def _weights(folder: Path, config: Any, dtype: Any, trust_remote_code: bool) -> 
         low, high = torch.aminmax(parameter.detach())
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise UserError(f"{folder}: '{key}' holds NaN or infinite weights in {model.dtype}: fetch the model again")
-    model.config.use_cache = False
+    model.config.get_text_config().use_cache = False
     return model.eval().requires_grad_(False)
 
 
 def _check_size(folder: Path, config: Any, shapes: dict[str, tuple[int, ...]], trust_remote_code: bool) -> None:
     """Compare what the config describes with what the files hold, on the meta device: no memory is spent on either."""
-    from transformers import AutoModelForCausalLM
-
-    if config.num_hidden_layers > len(shapes):
-        raise UserError(
-            f"{folder}: config.json has {config.num_hidden_layers} layers, the weights {len(shapes)} tensors"
-        )
+    layers = config.get_text_config().num_hidden_layers
+    if layers > len(shapes):
+        raise UserError(f"{folder}: config.json has {layers} layers, the weights {len(shapes)} tensors")
     try:
         with quiet(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config.model_type).from_config(
                 config, attn_implementation="sdpa", trust_remote_code=trust_remote_code
             )
     except Exception as error:  # a config can be wrong in any way
@@ -245,18 +249,53 @@ def _check_size(folder: Path, config: Any, shapes: dict[str, tuple[int, ...]], t
 
 
 def coverage(model: nn.Module, family: Family) -> float:
-    """Share of the parameters in Linears that the family's streams cover; the output head is not counted."""
-    head = getattr(model, "lm_head", None)
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    """Share of the weights between embeddings and head that the family's streams cover.
+
+    Counted are all matrices of the language model (fused ones too), its router among them, and their biases; not what
+    sees images, which `describe` states.
+    """
     blocks = lookup(model, family.blocks).children()
     covered = [linear for block in blocks for stream in family.streams for linear in linears_of(block, stream).values()]
-    return _size(covered) / _size(linears)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    apart = {id(parameter) for end in (*ends, *_vision(model, family)) for parameter in end.parameters()}
+    total = 0
+    for module in model.modules():
+        own = [parameter for parameter in module.parameters(recurse=False) if id(parameter) not in apart]
+        if not isinstance(module, nn.Embedding) and any(parameter.dim() > 1 for parameter in own):
+            total += sum(parameter.numel() for parameter in own)
+    return sum(parameter.numel() for linear in covered for parameter in linear.parameters()) / total
+
+
+def stream_widths(config: Any, trust_remote_code: bool = False) -> dict[str, int]:
+    """Input channels of every stream, from the config of a model alone."""
+    family = family_of(config)
+    code = trust_remote_code and not family.ships_code
+    with quiet(), torch.device("meta"):
+        model = auto_class(config.model_type).from_config(config, trust_remote_code=code)
+    unfuse(model)
+    block = next(iter(lookup(model, family.blocks).children()))
+    return {s.name: next(iter(linears_of(block, s).values())).in_features for s in family.streams}
+
+
+def copy_processor(source: Path, target: Path) -> None:
+    """Copy what prepares images for a model, as it is, beside a copy of the model."""
+    for name in PROCESSOR_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _vision(model: nn.Module, family: Family) -> list[nn.Module]:
+    return [lookup(model, path) for path in family.vision]
 
 
 def describe(model: Any, family: Family) -> dict[str, Any]:
-    """The architecture of a model in plain JSON values, for the report."""
-    config = model.config
-    return {
+    """The architecture of a model in plain JSON values, for the report.
+
+    coverage: the share of the Linears that gets compressed, as `coverage` counts it; vision: parameters of a model that
+    sees images which stay dense, there only where it does.
+    """
+    config = model.config.get_text_config()
+    facts = {
         "family": family.name,
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,
@@ -266,8 +305,8 @@ def describe(model: Any, family: Family) -> dict[str, Any]:
         "vocabulary": config.vocab_size,
         "tied_head": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "coverage": round(coverage(model, family), 4),
     }
-
-
-def _size(modules: list[nn.Linear]) -> int:
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+    if family.vision:
+        facts["vision"] = sum(p.numel() for module in _vision(model, family) for p in module.parameters())
+    return facts

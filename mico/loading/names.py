@@ -19,13 +19,17 @@ ALIASES: dict[str, str] = {
     **{f"llama2-{size}": f"meta-llama/Llama-2-{size}-hf" for size in ("7b", "13b", "70b")},
     "llama3-8b": "meta-llama/Meta-Llama-3-8B",
     "mistral-7b": "mistralai/Mistral-7B-v0.1",
+    "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1",
     **{f"yi-{size.lower()}": f"01-ai/Yi-{size}" for size in ("6B", "34B")},
     **{f"qwen2-{size.lower()}": f"Qwen/Qwen2-{size}" for size in ("0.5B", "1.5B", "7B", "72B")},
     **{f"qwen2.5-{size.lower()}": f"Qwen/Qwen2.5-{size}" for size in ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")},
     **{f"qwen3-{size.lower()}": f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B", "14B", "32B")},
+    **{f"minicpm4-{size.lower()}": f"openbmb/MiniCPM4-{size}" for size in ("0.5B", "8B")},
+    **{f"llava-1.5-{size}": f"llava-hf/llava-1.5-{size}-hf" for size in ("7b", "13b")},
 }
 _SMALL_PATTERNS = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json"]
-_SMALL_PATTERNS += ["added_tokens.json", "vocab.json", "merges.txt", "chat_template*"]
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # of models that see images
+_SMALL_PATTERNS += ["added_tokens.json", "vocab.json", "merges.txt", "chat_template*", *PROCESSOR_FILES]
 _WEIGHT_PATTERNS = [WEIGHTS, INDEX, "model-*-of-*.safetensors"]  # not Mistral's second copy, consolidated.safetensors
 
 
@@ -96,10 +100,10 @@ def _snapshot(name: str, repo: str, revision: str | None, patterns: list[str], o
             )
         )
     except Exception as error:  # the client raises its own types and those of its http library
-        _raise_hub_error(name, repo, offline, error)
+        raise_hub_error(name, repo, offline, error)
 
 
-def _raise_hub_error(name: str, repo: str, offline: bool, error: Exception) -> NoReturn:
+def raise_hub_error(name: str, repo: str, offline: bool, error: Exception) -> NoReturn:
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     elsewhere = "or give a local folder, or tiny-llama"
@@ -129,7 +133,7 @@ def _converted_revision(name: str, repo: str, offline: bool) -> str | None:
         try:
             numbers = [discussion.num for discussion in get_repo_discussions(repo, **bot)]  # type: ignore[arg-type]
         except Exception as error:  # as in _snapshot
-            _raise_hub_error(name, repo, offline, error)
+            raise_hub_error(name, repo, offline, error)
     return f"refs/pr/{max(numbers)}" if numbers else None
 
 

@@ -16,7 +16,7 @@ from mico.errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _JSON_LIMIT = 64 * 2**20  # bytes of a config or an index
-_HEADER_LIMIT = 32 * 2**20  # bytes of a safetensors header: about 100 a tensor
+HEADER_LIMIT = 32 * 2**20  # bytes of a safetensors header: about 100 a tensor
 _FULL_HASH_LIMIT = 2 * 2**30  # bytes of weights that a fingerprint reads whole
 _CHUNKS, _CHUNK = 64, 2**20  # what it reads of each file of a larger model, besides the header
 _SIZE_LIMITS = {"num_hidden_layers": 10_000, "num_labels": 10_000}  # lists of that length are made on reading a config
@@ -61,12 +61,13 @@ def check_folder(folder: Path, packed: bool = False) -> dict[str, Any]:
     return config
 
 
-def check_remote_code(folder: Path) -> None:
+def check_remote_code(folder: Path, ships_code: bool = False) -> None:
     """Raise UserError when the config or the tokenizer of a folder asks to run code that comes with the model.
 
-    The code inside a packed checkpoint is for machines without mico and is not run here.
+    The code inside a packed checkpoint is for machines without mico and is not run here; nor is that of a family
+    that comes with code (`ships_code`) but needs none.
     """
-    for file in ("config.json", "tokenizer_config.json"):
+    for file in ("tokenizer_config.json",) if ships_code else ("config.json", "tokenizer_config.json"):
         content = _read_json(folder / file, "") if (folder / file).exists() else {}
         wanted = content.get("auto_map")
         if wanted and not (is_packed(content) and all(str(code).startswith(PACKED_CODE) for code in wanted.values())):
@@ -144,7 +145,7 @@ def _header_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         prefix = stream.read(8)
     size = path.stat().st_size
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-    if length > min(_HEADER_LIMIT, size - 8):
+    if length > min(HEADER_LIMIT, size - 8):
         raise UserError(f"{path} is truncated or corrupt: {size:,} bytes, header of {length:,}: fetch it again")
     try:
         with safe_open(path, framework="pt") as tensors:

@@ -10,11 +10,29 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    MiniCPM3Config,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
-from mico.adapters import FAMILIES, family_of
+from mico.adapters import FAMILIES, auto_class, family_of
 from mico.adapters.family import linears_of, lookup
+from mico.checkpoint import set_execution
 from mico.errors import UserError
+from mico.loading import coverage
+from mico.packed.experts import unfuse
+from tests.packed.making import logits, pair_of
 
 TOKENS = 24
 LLAMA: dict[str, Any] = dict(
@@ -25,6 +43,22 @@ OPT: dict[str, Any] = dict(
     vocab_size=80, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
     max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.0,
 )  # fmt: skip
+MINICPM: dict[str, Any] = dict(LLAMA, scale_emb=12, scale_depth=1.4, dim_model_base=16)
+MINICPM3: dict[str, Any] = dict(
+    LLAMA, num_key_value_heads=4, kv_lora_rank=12, q_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=4,
+    v_head_dim=10, dim_model_base=16,
+)  # fmt: skip
+EXPERTS: dict[str, Any] = dict(LLAMA, moe_intermediate_size=24, num_experts_per_tok=2)
+
+
+def llava(text: Any, kind: Any = LlavaConfig, **more: Any) -> Any:
+    """A model that sees pictures of 2 x 2 patches."""
+    eyes = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    return kind(vision_config=eyes, text_config=text, image_token_index=79, image_seq_length=4, **more)
+
+
 CONFIGS: dict[str, Any] = {
     "opt-125m": lambda: OPTConfig(**OPT),
     "opt-350m": lambda: OPTConfig(**{**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16}),
@@ -42,6 +76,17 @@ CONFIGS: dict[str, Any] = {
     "qwen2": lambda: Qwen2Config(**LLAMA),
     "qwen2-tied": lambda: Qwen2Config(**{**LLAMA, "tie_word_embeddings": True}),
     "qwen3": lambda: Qwen3Config(**LLAMA, head_dim=16),
+    "mixtral": lambda: MixtralConfig(**LLAMA, num_local_experts=3),
+    "qwen2-moe": lambda: Qwen2MoeConfig(**EXPERTS, num_experts=3, shared_expert_intermediate_size=40),
+    "qwen3-moe": lambda: Qwen3MoeConfig(**EXPERTS, num_experts=3, head_dim=16),
+    "minicpm": lambda: AutoConfig.for_model("minicpm", **MINICPM),
+    "minicpm-tied": lambda: AutoConfig.for_model("minicpm", **{**MINICPM, "tie_word_embeddings": True}),
+    "minicpm3": lambda: MiniCPM3Config(**MINICPM3),
+    "minicpm3-full-queries": lambda: MiniCPM3Config(**{**MINICPM3, "q_lora_rank": None}),
+    "llava": lambda: llava(LlamaConfig(**LLAMA)),
+    "llava-next-mistral": lambda: llava(
+        MistralConfig(**LLAMA), LlavaNextConfig, image_grid_pinpoints=[[8, 16], [16, 8]]
+    ),
 }  # fmt: skip
 
 
@@ -49,7 +94,9 @@ def build(name: str) -> Any:
     """A model with random weights and biases, made without leaving a trace in the global generator."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(CONFIGS[name]()).eval().requires_grad_(False)
+        config = CONFIGS[name]()
+        model = auto_class(config.model_type).from_config(config).eval().requires_grad_(False)
+        unfuse(model)
         for parameter in model.parameters():
             if parameter.dim() == 1:  # biases start at 0 and norms at 1: give them values too
                 parameter += 0.1 * torch.randn_like(parameter)
@@ -91,14 +138,18 @@ def stream_inputs(model: Any, block: nn.Module) -> dict[str, torch.Tensor]:
     return {name: seen[next(iter(linears))].clone() for name, linears in streams.items()}
 
 
+def same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return first.shape == second.shape and torch.equal(first, second)
+
+
 def test_every_linear_of_a_block_is_in_exactly_one_stream(model: Any) -> None:
     family = family_of(model.config)
     blocks = lookup(model, family.blocks)
-    assert len(list(blocks.children())) == model.config.num_hidden_layers
+    assert len(list(blocks.children())) == model.config.get_text_config().num_hidden_layers
     for block in blocks.children():
         listed = [path for stream in family.streams for path in linears_of(block, stream)]
         present = [path for path, module in block.named_modules() if isinstance(module, nn.Linear)]
-        assert sorted(listed) == sorted(present)
+        assert sorted(listed) == sorted(path for path in present if not path.endswith("shared_expert_gate"))
 
 
 def test_linears_of_a_stream_read_one_tensor_and_streams_read_different_ones(model: Any) -> None:
@@ -107,11 +158,11 @@ def test_linears_of_a_stream_read_one_tensor_and_streams_read_different_ones(mod
         tensors = list(seen.values())
         for i, first in enumerate(tensors):
             for second in tensors[i + 1 :]:
-                assert first.shape != second.shape or not torch.equal(first, second)
+                assert not same(first, second)
 
 
 def test_streams_are_in_dependency_order(model: Any) -> None:
-    """Changing a stream changes what the next one reads, and neither its own input nor an earlier one."""
+    """Changing a stream changes what a later one reads, and neither its own input nor an earlier one."""
     block = next(iter(lookup(model, family_of(model.config).blocks).children()))
     streams = family_of(model.config).streams
     before = stream_inputs(model, block)
@@ -122,19 +173,20 @@ def test_streams_are_in_dependency_order(model: Any) -> None:
             linear.weight.mul_(1.7)
         after = stream_inputs(model, block)
         for earlier in streams[: position + 1]:
-            assert torch.equal(before[earlier.name], after[earlier.name])
-        if position + 1 < len(streams):
-            following = streams[position + 1].name
-            assert not torch.equal(before[following], after[following])
+            assert same(before[earlier.name], after[earlier.name])
+        last = stream.linears[0].endswith(("down_proj", "fc2"))
+        later = [s.name for s in streams[position + 1 :]]
+        assert last or any(not same(before[name], after[name]) for name in later)
         for path, linear in linears.items():
             linear.weight.copy_(saved[path])
 
 
 def test_before_blocks_and_after_hold_every_parameter_and_after_gives_the_logits(model: Any) -> None:
     family = family_of(model.config)
-    parts = [lookup(model, path) for path in (*family.before, family.blocks, *family.after)]
+    parts = [lookup(model, path) for path in (*family.before, family.blocks, *family.after, *family.vision)]
     held = {id(parameter) for part in parts for parameter in part.parameters()}
-    assert held == {id(parameter) for parameter in model.parameters()}
+    between = [parameter for name, parameter in model.named_parameters() if name == "model.image_newline"]
+    assert held | {id(parameter) for parameter in between} == {id(parameter) for parameter in model.parameters()}
 
     outputs: list[Any] = []
     last = list(lookup(model, family.blocks).children())[-1]
@@ -144,7 +196,7 @@ def test_before_blocks_and_after_hold_every_parameter_and_after_gives_the_logits
     hidden = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
     for path in family.after:
         hidden = lookup(model, path)(hidden)
-    assert torch.equal(hidden, logits)
+    assert torch.equal(hidden / getattr(model.config, "logits_scaling", 1), logits)  # MiniCPM: a power of two here
 
 
 def test_before_runs_before_the_first_block(model: Any) -> None:
@@ -161,8 +213,21 @@ def test_before_runs_before_the_first_block(model: Any) -> None:
 
 def test_save_and_load_is_exact(model: Any, tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, use_safetensors=True).eval()
+    loader = auto_class(model.config.model_type)
+    loaded = loader.from_pretrained(tmp_path, dtype=torch.float32, use_safetensors=True).eval()
+    unfuse(loaded)
     assert torch.equal(loaded(input_ids=ids()).logits, model(input_ids=ids()).logits)
+
+
+def test_a_packed_checkpoint_equals_the_dense_model(model: Any, tmp_path: Any) -> None:
+    pair = pair_of(model)
+    loaded = auto_class(model.config.model_type).from_pretrained(pair.save(tmp_path), dtype=torch.float32).eval()
+    set_execution(loaded, "dense")
+    assert torch.equal(logits(loaded), logits(pair.dense))
+
+
+def test_nearly_all_linear_parameters_are_covered(model: Any) -> None:
+    assert 0.9 <= coverage(model, family_of(model.config)) <= 1
 
 
 def test_sliding_window_is_shorter_than_the_sequence() -> None:
@@ -188,9 +253,11 @@ def test_each_family_is_tested() -> None:
     assert {family_of(make()).name for make in CONFIGS.values()} == {family.name for family in FAMILIES}
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "gpt2", "chatglm", "mixtral", None])
+@pytest.mark.parametrize("model_type", ["bloom", "gpt2", "chatglm", "gpt_neox", None])
 def test_other_families_are_refused_with_the_list(model_type: str | None) -> None:
-    with pytest.raises(UserError, match=f"model_type {model_type!r} is not supported.*OPT.*Llama.*Qwen3") as caught:
+    with pytest.raises(
+        UserError, match=f"model_type {model_type!r} is not supported.*OPT.*Llama.*Qwen3.*Mixtral.*MiniCPM.*LLaVA"
+    ) as caught:
         family_of(SimpleNamespace(model_type=model_type))
     assert "\n" not in str(caught.value)
 
@@ -203,3 +270,10 @@ def test_a_missing_module_and_a_foreign_linear_are_named() -> None:
     block.mlp.up_proj = nn.Identity()
     with pytest.raises(UserError, match=r"'mlp\.up_proj' is a Identity"):
         linears_of(block, family_of(model.config).streams[2])
+
+
+def test_configs_that_a_family_does_not_hold_are_refused() -> None:
+    with pytest.raises(UserError, match="num_experts 8"):
+        family_of(AutoConfig.for_model("minicpm", **MINICPM, num_experts=8))
+    with pytest.raises(UserError, match="language model 'opt' is not supported.*llama"):
+        family_of(llava(OPTConfig(**OPT)))

@@ -79,12 +79,16 @@ class Pair:
         return folder
 
 
-@torch.no_grad()
 def pair(
     arch: str = "llama", kind: str = "mico", embed_bits: int = 16, dtype: torch.dtype = torch.float32, **changes: object
 ) -> Pair:
     """A random model whose Linears (and tables, unless embed_bits is 16) are packed; biases are not zero."""
-    dense = random_model(arch, **changes)
+    return pair_of(random_model(arch, **changes), kind, embed_bits, dtype)
+
+
+@torch.no_grad()
+def pair_of(dense: Any, kind: str = "mico", embed_bits: int = 16, dtype: torch.dtype = torch.float32) -> Pair:
+    """The same of a model that is there already, which is changed."""
     for name, parameter in dense.named_parameters():
         if name.endswith(".bias"):
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
@@ -122,5 +126,5 @@ def _tables(model: Any, bits: int) -> dict[str, QuantizedWeight]:
 
 @torch.no_grad()
 def logits(model: Any, count: int = 12) -> torch.Tensor:
-    ids = torch.arange(count).view(2, -1) * 13 % model.config.vocab_size
+    ids = torch.arange(count).view(2, -1) * 13 % model.config.get_text_config().vocab_size
     return model(input_ids=ids, use_cache=False).logits
