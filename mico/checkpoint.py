@@ -24,6 +24,7 @@ from mico.adapters.family import Family, lookup
 from mico.errors import UserError
 from mico.files import atomic_json, read_json, save_tensors, sha256_file
 from mico.packed.blob import encode
+from mico.packed.experts import any_expert
 from mico.packed.hf import (
     METHOD,
     SHIPPED,
@@ -209,7 +210,8 @@ def _write_settings(folder: Path, model: Any, family: Family, config: MicoConfig
 
 def packed_config(family: Family) -> MicoConfig:
     """What config.json says of the packing: which Linears of a block share channel labels."""
-    return MicoConfig(streams=[stream.linears for stream in family.streams if len(stream.linears) > 1])
+    shared = [stream.linears for stream in family.streams if len(stream.linears) > 1]
+    return MicoConfig(streams=dict.fromkeys(tuple(any_expert(path)[0] for path in linears) for linears in shared))
 
 
 def packed_blob(name: str, weights: Mapping[str, QuantizedWeight], config: MicoConfig) -> torch.Tensor:

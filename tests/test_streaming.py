@@ -27,7 +27,7 @@ def on_meta(loaded: LoadedModel) -> list[bool]:
     return [all(parameter.is_meta for parameter in block.parameters()) for block in blocks.children()]
 
 
-@pytest.fixture(scope="module", params=["llama", "opt"])
+@pytest.fixture(scope="module", params=["llama", "opt", "mixtral"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp(request.param), request.param)
 

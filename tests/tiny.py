@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -38,7 +40,7 @@ def train_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
 
 
 def random_model(arch: str, seed: int = 0, **changes: object) -> PreTrainedModel:
-    """An untrained `llama` or `opt` in eval mode; the global random state is as before."""
+    """An untrained `llama`, `mixtral` or `opt` in eval mode; the global random state is as before."""
     shared = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
     shared |= dict(max_position_embeddings=CONTEXT, bos_token_id=0, eos_token_id=1, pad_token_id=None)
     with torch.random.fork_rng():
@@ -46,6 +48,10 @@ def random_model(arch: str, seed: int = 0, **changes: object) -> PreTrainedModel
         if arch == "llama":
             extra = dict(num_key_value_heads=2, intermediate_size=64, initializer_range=0.3)
             return LlamaForCausalLM(LlamaConfig(**shared | extra | changes)).eval()
+        if arch == "mixtral":
+            extra = dict(num_key_value_heads=2, intermediate_size=48, initializer_range=0.3)
+            extra |= dict(num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False)
+            return MixtralForCausalLM(MixtralConfig(**shared | extra | changes)).eval()
         extra = dict(ffn_dim=64, word_embed_proj_dim=32, init_std=0.3)
         return OPTForCausalLM(OPTConfig(**shared | extra | changes)).eval()
 

@@ -51,7 +51,8 @@ class ExpertList(nn.Module):
         gate_up_ERC, down_ECR = fused.gate_up_proj.detach(), fused.down_proj.detach()  # type: ignore[operator, union-attr]
         self.num_experts = len(down_ECR)
         for index, (gate_up_RC, down_CR) in enumerate(zip(gate_up_ERC, down_ECR, strict=True)):
-            self.add_module(str(index), Expert(*gate_up_RC.chunk(2), down_CR))
+            gate_RC, up_RC = gate_up_RC.chunk(2)
+            self.add_module(str(index), Expert(gate_RC, up_RC, down_CR))
 
     @property
     def experts(self) -> list[Expert]:
@@ -147,6 +148,12 @@ def per_expert(conversions: Sequence[Any]) -> list[Any]:
             if stored != name:
                 found.append(WeightRenaming(rf"\.experts\.(\d+)\.{re.escape(stored)}\.", rf".experts.\1.{name}."))
     return found
+
+
+def any_expert(path: str) -> tuple[str, str | None]:
+    """The path with the number of an expert left open ("experts.*."), and the number."""
+    found = re.search(r"\bexperts\.(\d+)\.", path)
+    return (path, None) if found is None else (path.replace(found[0], "experts.*."), found[1])
 
 
 def put(root: nn.Module, name: str, module: nn.Module) -> None:

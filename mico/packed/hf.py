@@ -23,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mico.packed.blob import decode_labels
-from mico.packed.experts import fuse, per_expert, put, unfuse
+from mico.packed.experts import any_expert, fuse, per_expert, put, unfuse
 from mico.packed.linear import PackedEmbedding, PackedLinear
 
 METHOD = "mico"
@@ -34,7 +34,8 @@ SHIPPED = "modeling_mico.py"  # this code inside a checkpoint
 class MicoConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed checkpoint: layouts lie in the weights themselves.
 
-    streams: paths inside a block of the Linears that share channel labels; the first of each holds them.
+    streams: paths inside a block of the Linears that share channel labels; the first of each holds them. "experts.*."
+    stands for every expert.
     """
 
     def __init__(self, version: int = LAYOUT_VERSION, streams: Iterable[Iterable[str]] = (), **_: Any) -> None:
@@ -49,10 +50,11 @@ class MicoConfig(QuantizationConfigMixin):
 
     def leader(self, name: str) -> str:
         """The Linear that holds the channel labels of `name`; `name` itself where it shares them with none."""
+        whole, expert = any_expert(name)
         for first, *others in self.streams:
             for path in others:
-                if name.endswith(f".{path}"):
-                    return name[: -len(path)] + first
+                if whole.endswith(f".{path}"):
+                    return (whole[: -len(path)] + first).replace("experts.*.", f"experts.{expert}.")
         return name
 
 

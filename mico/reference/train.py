@@ -216,8 +216,8 @@ def model_card(recipe: Recipe, counts: dict[str, int], perplexities: dict[str, f
     return f"""# {recipe.size}-{recipe.arch}
 
 A reference model of mico: {parameters:,} parameters ({recipe.arch}, {SIZES[recipe.size]}), trained for
-{recipe.steps * SEQLEN * recipe.batch:,} tokens ({recipe.steps:,} steps of {recipe.batch} x {SEQLEN}, AdamW, peak learning rate
-{PEAK_LR}, cosine, bf16 autocast, seed {recipe.seed}) so that the damage of compression shows. It is an
+{recipe.steps * SEQLEN * recipe.batch:,} tokens ({recipe.steps:,} steps of {recipe.batch} x {SEQLEN}, AdamW, peak
+learning rate {PEAK_LR}, cosine, bf16 autocast, seed {recipe.seed}) so that the damage of compression shows. It is an
 instrument for measuring compression, not a model to talk to.
 
 Reproduce: `pipelines/train_reference.sh DATA_DIR`. Training data, tokens in one pass and repeats per epoch
