@@ -275,5 +275,5 @@ def test_a_missing_module_and_a_foreign_linear_are_named() -> None:
 def test_configs_that_a_family_does_not_hold_are_refused() -> None:
     with pytest.raises(UserError, match="num_experts 8"):
         family_of(AutoConfig.for_model("minicpm", **MINICPM, num_experts=8))
-    with pytest.raises(UserError, match="language model 'opt' is not supported.*llama"):
+    with pytest.raises(UserError, match=r"language model 'opt' is not supported.*llama"):
         family_of(llava(OPTConfig(**OPT)))
