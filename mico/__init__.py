@@ -21,11 +21,25 @@ if TYPE_CHECKING:
     from mico.compress import compress
     from mico.evaluate import evaluate
     from mico.export import export
+    from mico.import_llava import import_llava
     from mico.mi_group import mi_group
+    from mico.plan import plan
     from mico.report import report
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "bench", "calibrate", "compress", "evaluate", "export", "load", "mi_group", "report"]
+__all__ = [
+    "__version__",
+    "bench",
+    "calibrate",
+    "compress",
+    "evaluate",
+    "export",
+    "import_llava",
+    "load",
+    "mi_group",
+    "plan",
+    "report",
+]
 
 register_when_needed()
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mico.adapters import FAMILIES
+from mico.adapters.minicpm import MINICPM
 from mico.summary import architecture_text, command_text, score_line, settings_text
 from mico.tables import perplexity_text, size_text
 
 _LOADING = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-import mico  # or, without mico: from_pretrained(..., trust_remote_code=True)
+from transformers import {loader}, AutoTokenizer
+import mico{without}
 
-model = AutoModelForCausalLM.from_pretrained("{folder}")
+model = {loader}.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```"""
 
@@ -24,7 +26,7 @@ def model_card(report: dict[str, Any]) -> str:
     lines = [
         "---",
         "library_name: transformers",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {'image-text-to-text' if 'vision' in report['architecture'] else 'text-generation'}",
         f"base_model: {base_model(report['model'])}",
         "base_model_relation: quantized",
         "tags: [mico, quantized, pruned]" if size["sparsity"] > 0 else "tags: [mico, quantized]",
@@ -45,7 +47,9 @@ def model_card(report: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(row)} |")
     lines += ["", "Perplexity, lower is better. Measured on the files of this folder, read back:", ""]
     lines += [f"- {score_line(text, score)}" for text, score in report["compressed"].items()]
-    lines += ["", "## Load", "", _LOADING.format(folder=name), ""]
+    family = next(family for family in FAMILIES if family.name == report["architecture"]["family"])
+    without = "" if family is MINICPM else "  # or, without mico: from_pretrained(..., trust_remote_code=True)"
+    lines += ["", "## Load", "", _LOADING.format(folder=name, loader=family.auto, without=without), ""]
     lines += [
         "## Made from",
         "",

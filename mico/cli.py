@@ -58,6 +58,32 @@ def _app(
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
+@app.command(epilog="Example: mico plan llama2-7b --sparsity 0.5 --wbits 4")
+def plan(
+    model: o.Model, nsamples: o.Nsamples = 128, seqlen: o.Seqlen = None, batch_size: o.BatchSize = 8,
+    eval: o.Eval = None, data_dir: o.DataDir = None, offline: o.Offline = False,
+    trust_remote_code: o.TrustRemoteCode = False, stream: o.Stream = None, sparsity: o.Sparsity = None,
+    pattern: o.Pattern = None, wbits: o.Wbits = 4, target_avg_bits: o.TargetAvgBits = None, method: o.Method = None,
+    arm: o.Arm = None, group_size: o.GroupSize = None, profile: o.Profile = None, embed_bits: o.EmbedBits = 16,
+    n_groups: o.NGroups = "auto", use_mi_grouping: o.UseMiGrouping = None, grouping: o.Grouping = None,
+    save: o.Save = None, device: o.Device = "auto", dtype: o.Dtype = "auto", json: o.JsonFile = None,
+    debug: o.Debug = False, verbose: o.Verbose = 0, quiet: o.Quiet = False,
+) -> None:  # fmt: skip
+    """Memory, disk, time and output size that compress would take with these options; no weight is read."""
+    _before_imports(offline, quiet)
+    from mico.plan import plan as run
+    from mico.plan import section
+
+    result = run(
+        model, sparsity=sparsity, pattern=pattern, wbits=wbits, target_avg_bits=target_avg_bits,
+        n_groups=_count(n_groups), use_mi_grouping=use_mi_grouping, grouping=grouping, method=method, arm=arm,
+        group_size=group_size, profile=profile, embed_bits=embed_bits, nsamples=nsamples, seqlen=seqlen,
+        batch_size=batch_size, device=device, dtype=dtype, eval=eval, save=save, data_dir=data_dir, offline=offline,
+        trust_remote_code=trust_remote_code, stream=stream, json=json, console=_console(quiet, verbose),
+    )  # fmt: skip
+    _show(section(result))
+
+
 @app.command(epilog="Example: mico calibrate opt-125m --calib c4 --nsamples 128 --data-dir texts")
 def calibrate(
     model: o.Model, calib: o.Calib = None, data_dir: o.DataDir = None, data_file: o.DataFile = None,
@@ -190,6 +216,18 @@ def bench(
         repeats=repeats, device=device, dtype=dtype, json=json, console=_console(quiet, verbose),
     )  # fmt: skip
     _show(section(result))
+
+
+@app.command("import-llava", epilog="Example: mico import-llava llava-v1.5-7b llava-hf --vision-tower clip-vit-large")
+def import_llava(
+    source: o.Original, target: o.Converted, vision_tower: o.VisionTower = None, debug: o.Debug = False,
+    verbose: o.Verbose = 0, quiet: o.Quiet = False,
+) -> None:  # fmt: skip
+    """Convert a LLaVA checkpoint in its authors' format to the format of transformers, which compress takes."""
+    from mico.import_llava import import_llava as run
+    from mico.import_llava import section
+
+    _show(section(run(source, target, vision_tower=vision_tower, console=_console(quiet, verbose))))
 
 
 @app.command(epilog="Example: mico report results/tiny-llama-original-* results/tiny-llama-mi-*")

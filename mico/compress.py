@@ -216,7 +216,7 @@ class _Job:
         self.console.note(f"compress: {share:.1%} of the Linear parameters of the language model{dense}")
         if share < COVERAGE and not self.allow_partial:
             raise UserError(
-                f"model {self.preparation.source.model}: only {share:.1%} of its Linear parameters would be compressed, "
+                f"model {self.preparation.source.model}: {share:.1%} of its Linear parameters would be compressed, "
                 f"below {COVERAGE:.0%}: pass --allow-partial if that is meant"
             )
 

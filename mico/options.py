@@ -37,6 +37,15 @@ Stream = Annotated[
 PackedModel = Annotated[
     str, typer.Argument(help="A run folder of mico compress, or the model/ inside.", show_default=False)
 ]
+Original = Annotated[str, typer.Argument(help="The authors' folder of the model.", show_default=False)]
+Converted = Annotated[str, typer.Argument(help="The folder to make.", show_default=False)]
+VisionTower = Annotated[
+    str | None,
+    _option(
+        _DATA, "--vision-tower", metavar="FOLDER",
+        help="The CLIP model that sees the images, where the checkpoint does not hold it.",
+    ),
+]  # fmt: skip
 Calib = Annotated[
     str | None,
     _option(

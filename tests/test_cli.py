@@ -36,6 +36,14 @@ GROUPS = {
 }  # fmt: skip
 # Changing this table changes what users and their scripts may type: do it deliberately, and say it in CHANGELOG.md.
 SURFACE: dict[str, dict[str, Any]] = {
+    "plan": {
+        "model": None, "--nsamples": 128, "--seqlen": None, "--batch-size": 8, "--eval": None, "--data-dir": None,
+        "--offline": False, "--trust-remote-code": False, "--stream --no-stream": None, "--sparsity": None,
+        "--pattern": None, "--wbits": 4, "--target-avg-bits": None, "--method": None, "--arm": None,
+        "--group-size": None, "--profile": None, "--embed-bits": 16, "--n-groups": "auto",
+        "--use-mi-grouping --no-mi-grouping": None, "--grouping": None, "--save": None, "--device": "auto",
+        "--dtype": "auto", "--json": None, **RUN,
+    },
     "calibrate": {"model": None, **SOURCE, "--save": None, **RUN},
     "mi-group": {"model": None, **SOURCE, **GROUPS, "--grouping": "mi", "--save": None, **RUN},
     "compress": {
@@ -57,9 +65,13 @@ SURFACE: dict[str, dict[str, Any]] = {
     "export": {
         "model": None, "--to": None, "--save": None, "--dtype": "auto", "--json": None, **RUN,
     },
+    "import-llava": {"source": None, "target": None, "--vision-tower": None, **RUN},
     "models": {},
 }  # fmt: skip
-VERBS = {"calibrate": "calibrate", "mi-group": "mi_group", "compress": "compress", "eval": "evaluate", "bench": "bench"}
+VERBS = {
+    "calibrate": "calibrate", "mi-group": "mi_group", "compress": "compress", "eval": "evaluate", "bench": "bench",
+    "plan": "plan",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

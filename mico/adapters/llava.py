@@ -10,6 +10,7 @@ from mico.adapters.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from mico.errors import UserError
 
 _LANGUAGE = tuple(name for row in (LLAMA, MISTRAL, QWEN2, QWEN3) for name in row.model_types)
+TEXT_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}  # of the authors' own format
 
 
 def _fit(family: Family, config: Any) -> Family:

@@ -1,4 +1,4 @@
-"""MiniCPM: its formula against Llama's with the scales folded in, its config on disk, and the whole way through mico."""
+"""MiniCPM: its formula against Llama's with the scales folded in, its config on disk, and the way through mico."""
 
 from __future__ import annotations
 
@@ -165,6 +165,7 @@ def test_from_calibration_to_a_loaded_packed_model(tmp_path: Path) -> None:
     written = json.loads((run / "model" / "config.json").read_text())
     assert "auto_map" not in written and SCALES.items() <= written.items()
     assert not (run / "model" / "modeling_mico.py").exists()
+    assert "trust_remote_code" not in (run / "model" / "README.md").read_text()
     packed = mico.load(run, execution="dense", dtype=torch.float32)
     plain = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
     ids = torch.arange(60)[None] * 7 % VOCABULARY
