@@ -10,13 +10,22 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from mico.adapters import family_of
-from mico.adapters.family import Family, lookup
+from mico.adapters.family import Family, lookup, waves
 from mico.channels.meters import SecondMoments
 from mico.data import token_batches
 from mico.errors import UserError
+from mico.packed.experts import unfuse
 from mico.packed.quantized import QuantizedWeight
 from mico.walk import Block, walk
 
@@ -325,3 +334,103 @@ def test_names_are_those_of_the_model():
         for linears in block.streams.values():
             for path, linear in linears.items():
                 assert model.get_submodule(block.name_of(path)) is linear
+
+
+# --- experts --------------------------------------------------------------------------------------------------------
+
+EXPERTS = 4
+
+
+def routed_model() -> Any:
+    """A Mixtral of four experts, two a token; the router of block 1 never chooses the last."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = MixtralConfig(**LLAMA, num_local_experts=EXPERTS + 1, num_experts_per_tok=2)
+        model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        left, right = torch.randn(2, 32)
+        rows = torch.stack([left, -left, right, -right, torch.zeros(32)])  # two of them are always above zero
+        model.model.layers[1].mlp.gate.weight.copy_(rows)
+    unfuse(model)
+    return model
+
+
+@torch.no_grad()
+def routed(model: Any) -> list[tuple[Tensor, Tensor]]:
+    """What the experts of every block get in plain forwards: (rows of all tokens, indices of the chosen experts)."""
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.model.layers]
+    handles = [
+        block.mlp.experts.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[:2]))
+        for block, kept in zip(model.model.layers, found, strict=True)
+    ]
+    logits(model)
+    for handle in handles:
+        handle.remove()
+    return [tuple(torch.cat(parts) for parts in zip(*kept, strict=True)) for kept in found]  # type: ignore[misc]
+
+
+def inner(expert: Any, x_TC: Tensor) -> Tensor:
+    return nn.functional.silu(x_TC @ expert.gate_proj.weight.T) * (x_TC @ expert.up_proj.weight.T)
+
+
+def test_an_expert_is_measured_on_the_tokens_it_gets_and_on_no_others():
+    model = routed_model()
+    expected = routed(model)
+    for block in walk(model, family_of(model.config), token_batches(ids(), BATCH)):
+        x_TC, index_TK = expected[block.index]
+        found = block.measure(SecondMoments.empty)
+        for e in range(EXPERTS + 1):
+            mine_TC = x_TC[(index_TK == e).any(1)]
+            assert found[f"experts.{e}.in"].count == found[f"experts.{e}.out"].count == len(mine_TC)
+            limit = dict(rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(found[f"experts.{e}.in"].gram_CC, (mine_TC.T @ mine_TC).double(), **limit)
+            y_TC = inner(block.module.mlp.experts.experts[e], mine_TC)
+            torch.testing.assert_close(found[f"experts.{e}.out"].gram_CC, (y_TC.T @ y_TC).double(), **limit)
+        assert sum(found[f"experts.{e}.in"].count for e in range(EXPERTS + 1)) == 2 * WINDOWS * TOKENS
+    assert found["experts.0.in"].count > 0
+    assert (expected[1][1] != EXPERTS).all(), "one expert of block 1 gets no token"
+
+
+def test_both_paths_of_an_expert_hold_the_same_tokens():
+    """Those that the compressed model sends to it, also where the dense model sends them elsewhere."""
+    model = routed_model()
+    family, original, found = family_of(model.config), copy.deepcopy(model), {}
+    for block in walk(model, family, token_batches(ids(), BATCH), paired=True):
+        for wave in block.waves():
+            found |= {(block.index, name): pair for name, pair in block.measure_wave(wave).items()}
+            for stream in wave:
+                for path in stream.linears:
+                    disturb(block, path)
+    dense, modified = routed(original), routed(model)
+    assert any((d[1] != m[1]).any() for d, m in zip(dense, modified, strict=True)), "they route alike: nothing is shown"
+    for index, ((x_TC, _), (hat_TC, index_TK)) in enumerate(zip(dense, modified, strict=True)):
+        for e in range(EXPERTS + 1):
+            mine_T = (index_TK == e).any(1)
+            x, x_hat = x_TC[mine_T], hat_TC[mine_T]
+            experts = [m.model.layers[index].mlp.experts.experts[e] for m in (original, model)]
+            for side, a, b in (("in", x, x_hat), ("out", inner(experts[0], x), inner(experts[1], x_hat))):
+                pair = found[index, f"experts.{e}.{side}"]
+                assert pair.total.count == len(x) and (len(x) == 0) == (index == 1 and e == EXPERTS)
+                limit = dict(rtol=1e-3, atol=1e-3)
+                torch.testing.assert_close(pair.cross_CC, (a.T @ b).double(), **limit)
+                torch.testing.assert_close(pair.total.gram_CC, (b.T @ b).double(), **limit)
+                torch.testing.assert_close(pair.dense_sum_C, a.sum(0).double(), **limit)
+    assert all(not module._forward_pre_hooks for module in model.modules())
+
+
+def test_experts_are_measured_together_as_far_as_memory_goes(monkeypatch):
+    model = routed_model()
+    family = family_of(model.config)
+    names = [[s.name for s in wave] for wave in waves(family.streams)]
+    every = range(EXPERTS + 1)
+    assert names == [["attn_in"], ["attn_out"], [f"experts.{e}.in" for e in every], [f"experts.{e}.out" for e in every]]
+    assert [len(wave) for wave in waves(family_of(build("llama").config).streams)] == [1, 1, 1, 1]
+    block = next(walk(model, family, token_batches(ids(), BATCH), paired=True))
+    assert [[s.name for s in wave] for wave in block.waves()] == names
+    monkeypatch.setattr("mico.walk.MOMENTS_BYTES", 2 * 4 * 8 * 48**2)  # two streams of 48 channels, four of 32
+    assert [len(wave) for wave in block.waves()] == [1, 1, 4, 1, 2, 2, 1]
+    for wave in block.waves():
+        together = block.measure_wave(wave)
+        for name, pair in together.items():
+            assert torch.equal(pair.cross_CC, block.measure_paired(name).cross_CC)
