@@ -48,6 +48,10 @@ def export(
     out = _output_folder(model, to, save)
     with console.stage("read"):
         source = read_packed(model)
+    if to != "dense" and source.family.vision:
+        raise UserError(
+            f"--to {to}: {source.family.name} models see images, which the export does not hold: --to dense"
+        )
     if to != "dense" and any(stream.expert is not None for stream in source.family.streams):
         raise UserError(f"--to {to}: no form for the experts of {source.family.name} yet: use --to dense")
     staging = out.parent / f"{TEMPORARY}{secrets.token_hex(4)}-{out.name}"

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 import mico
 from mico import loading
 from mico.adapters import family_of
+from mico.errors import UserError
 from mico.loading.safety import tensor_shapes
 from mico.packed.linear import PackedLinear
 from tests.adapters.llava_models import TEXT, seeing, tiny_llava
@@ -75,6 +76,8 @@ def test_saved_again_and_exported_it_sees_the_same(run: tuple[Path, dict[str, An
     dense = AutoModelForImageTextToText.from_pretrained(tmp_path / "dense").eval()
     assert torch.equal(seeing(dense, VOCABULARY - 1), wanted)
     assert (tmp_path / "dense" / "preprocessor_config.json").is_file()
+    with pytest.raises(UserError, match="--to vllm: LLaVA models see images"):
+        mico.export(str(run[0] / "run"), to="vllm", save=str(tmp_path / "vllm"))
 
 
 def test_widths_come_from_the_language_model() -> None:
