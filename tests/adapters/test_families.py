@@ -30,9 +30,10 @@ from mico.adapters import FAMILIES, auto_class, family_of
 from mico.adapters.family import linears_of, lookup
 from mico.checkpoint import set_execution
 from mico.errors import UserError
-from mico.loading import coverage
+from mico.loading import coverage, load_model
 from mico.packed.experts import unfuse
 from tests.packed.making import logits, pair_of
+from tests.tiny import train_tokenizer
 
 TOKENS = 24
 LLAMA: dict[str, Any] = dict(
@@ -224,6 +225,15 @@ def test_a_packed_checkpoint_equals_the_dense_model(model: Any, tmp_path: Any) -
     loaded = auto_class(model.config.model_type).from_pretrained(pair.save(tmp_path), dtype=torch.float32).eval()
     set_execution(loaded, "dense")
     assert torch.equal(logits(loaded), logits(pair.dense))
+
+
+def test_streaming_equals_memory(model: Any, tmp_path: Any) -> None:
+    model.save_pretrained(tmp_path)
+    train_tokenizer().save_pretrained(tmp_path)
+    streamed = load_model(str(tmp_path), device="cpu", dtype="float32", stream=True)
+    assert all(parameter.is_meta for parameter in streamed.model.parameters())
+    with streamed.running():
+        assert torch.equal(logits(streamed.model), logits(model))
 
 
 def test_nearly_all_linear_parameters_are_covered(model: Any) -> None:
