@@ -75,7 +75,7 @@ class Block:
         meters = {s.name: new_meter(self._channels(s)) for s in wanted}
         whole = streams is None
         outputs = []
-        for batch, x_BTC in enumerate(self._walker.inputs):
+        for batch, x_BTC in zip(self._walker.numbers, self._walker.inputs, strict=True):
 
             def digest(stream: Stream, x_TC: torch.Tensor, batch: int = batch) -> None:
                 with self._naming(stream, batch):
@@ -84,6 +84,18 @@ class Block:
             outputs.append(self._capture(self.module, wanted, x_BTC, digest, stop=not whole))
         self.outputs = outputs if whole else None
         return meters
+
+    @torch.no_grad()
+    def expert_rows(self) -> dict[str, list[int]]:
+        """How many rows every stream of an expert gets from each batch that is carried here."""
+        experts = [s for s in self._family.streams if s.expert is not None]
+        counts: dict[str, list[int]] = {s.name: [] for s in experts}
+        for x_BTC in self._walker.inputs if experts else ():
+            seen = dict.fromkeys(counts, 0)
+            self._capture(self.module, experts, x_BTC, lambda s, x_TC: seen.update({s.name: len(x_TC)}), stop=False)
+            for name, rows in seen.items():
+                counts[name].append(rows)
+        return counts
 
     def waves(self) -> Iterator[tuple[Stream, ...]]:
         """The streams in runs that can be measured together before any of a run is replaced, bounded in memory."""
@@ -107,8 +119,8 @@ class Block:
         """
         assert self._dense is not None, "walk(..., paired=True) is needed"
         moments = {s.name: PairedMoments(self._channels(s), self._walker.device) for s in streams}
-        pairs = zip(self._walker.inputs, self._walker.dense_inputs, strict=True)
-        for batch, (x_BTC, dense_BTC) in enumerate(pairs):
+        walker = self._walker
+        for batch, x_BTC, dense_BTC in zip(walker.numbers, walker.inputs, walker.dense_inputs, strict=True):
             with _routes(self.module, None) as chosen:
                 rows = self._rows(self.module, streams, x_BTC)
             with _routes(self._dense, chosen):
@@ -116,7 +128,7 @@ class Block:
             for stream in streams:
                 if stream.name in rows:  # an expert without a token in this batch has none
                     with self._naming(stream, batch):
-                        moments[stream.name].add(rows.pop(stream.name), dense_rows.pop(stream.name))
+                        moments[stream.name].add(rows.pop(stream.name), dense_rows.pop(stream.name), batch)
         return moments
 
     @torch.no_grad()
@@ -229,12 +241,12 @@ def _routes(root: nn.Module, chosen: dict[str, tuple[Any, ...]] | None) -> Itera
 class _Walker:
     """Hidden states between blocks (on the host) and the arguments every block is called with."""
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Batch]) -> None:
-        self.device = next(model.parameters()).device
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, batches: Mapping[int, Batch]) -> None:
+        self.device, self.numbers = next(model.parameters()).device, list(batches)
         self.calls: dict[tuple[int, torch.Size], _Call] = {}
         self.inputs: list[torch.Tensor] = []
         base = getattr(model, "base_model", model)
-        for batch in batches:
+        for batch in batches.values():
             self._record(base, blocks, batch)
         self.dense_inputs = list(self.inputs)
 
@@ -269,18 +281,19 @@ def walk(
     *,
     paired: bool = False,
     resident: Resident = nullcontext,
+    share: slice = slice(None),
 ) -> Iterator[Block]:
     """Yield the blocks of `model` in order, each with the inputs that the blocks before it really produce.
 
     batches: calibration inputs (`token_batches` for text), without padding. paired: also carry the dense model's
     activations (one more copy of them, and of one block). resident: for models whose blocks are not all in memory
-    (`LoadedModel.part`). No graph is built, no global state is touched: gradients
-    are on between the blocks if they were.
+    (`LoadedModel.part`). share: the batches that this process carries, where several have a part each. No graph is
+    built, no global state is touched: gradients are on between the blocks if they were.
     """
     blocks = lookup(model, family.blocks)
     assert isinstance(blocks, nn.ModuleList)
     with torch.no_grad(), resident(None):
-        walker = _Walker(model, blocks, batches)
+        walker = _Walker(model, blocks, dict(list(enumerate(batches))[share]))
     for index, module in enumerate(blocks):
         with resident(index):
             block = Block(index, module, family, walker, copy.deepcopy(module) if paired else None)

@@ -6,6 +6,7 @@ channels, where a float64 Gram matrix alone would take more than half a gigabyte
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -57,6 +58,17 @@ class SecondMoments:
         self.sum_C += x_TC.sum(0)  # float32 within a batch: a float64 reduction is twenty times slower
         self.count += len(x_TC)
 
+    def reduce(self, total: Callable[[torch.Tensor], None]) -> None:
+        """Hand every accumulator to `total`, which puts the sum over several processes in its place.
+
+        Float64 sums of the float32 terms of `add` are exact unless terms differ by some 1e9, so that the order in
+        which the batches are summed leaves the bits alone.
+        """
+        count = torch.tensor(self.count)
+        for tensor in (count, self.sum_C, self.gram_CC):
+            total(tensor)
+        self.count = int(count)
+
     @property
     def mean_C(self) -> torch.Tensor:
         return self.sum_C / self.count
@@ -99,9 +111,12 @@ class PairedMoments:
         self.fit_dense_sum_C = torch.zeros(self.channels, dtype=torch.float64, device=self.device)
         self.held_dense_sum_C = torch.zeros_like(self.fit_dense_sum_C)
 
-    def add(self, x_TC: torch.Tensor, dense_TC: torch.Tensor) -> None:
-        """Add T rows of the compressed path and the same rows of the dense path. Raises UserError on NaN or Inf."""
-        held = self.batches % 4 == 3
+    def add(self, x_TC: torch.Tensor, dense_TC: torch.Tensor, batch: int | None = None) -> None:
+        """Add T rows of the compressed path and the same rows of the dense path. Raises UserError on NaN or Inf.
+
+        batch: its number among all of the calibration; None: those added here are all there are.
+        """
+        held = (self.batches if batch is None else batch) % 4 == 3
         (self.held if held else self.fit).add(x_TC)
         new_CC = linear(dense_TC.float().T, x_TC.float().T)
         if not torch.isfinite(new_CC).all():
@@ -111,6 +126,13 @@ class PairedMoments:
         dense_sum_C = self.held_dense_sum_C if held else self.fit_dense_sum_C
         dense_sum_C += dense_TC.float().sum(0)
         self.batches += 1
+
+    def reduce(self, total: Callable[[torch.Tensor], None]) -> None:
+        """As of SecondMoments."""
+        self.fit.reduce(total)
+        self.held.reduce(total)
+        for tensor in (self.fit_cross_CC, self.held_cross_CC, self.fit_dense_sum_C, self.held_dense_sum_C):
+            total(tensor)
 
     @property
     def total(self) -> SecondMoments:
@@ -133,12 +155,16 @@ class PairedMoments:
 class Reservoir:
     """An evenly thinned sample of rows (float16) for the estimators that need joint samples.
 
-    Deterministic: keeps every k-th row and doubles k when full, so no random state is touched.
+    Deterministic: keeps every k-th row and doubles k when full, so no random state is touched. total: the number of
+    rows there will be, where it is known: then k is the last one from the start, and `seen` may be set before `add` to
+    leave out rows that another process sees.
     """
 
-    def __init__(self, channels: int, rows: int = RESERVOIR_ROWS) -> None:
+    def __init__(self, channels: int, rows: int = RESERVOIR_ROWS, total: int = 0) -> None:
         self.rows_TC = torch.empty(0, channels, dtype=torch.float16)
         self.limit, self.stride, self.seen = rows, 1, 0
+        while -(-total // self.stride) > rows:
+            self.stride *= 2
 
     def add(self, x_TC: torch.Tensor) -> None:
         offset = -self.seen % self.stride
