@@ -65,6 +65,7 @@ def test_every_expert_is_compressed_and_the_starved_one_is_named(run: Path) -> N
     what = {entry["what"] for entry in report["fallbacks"] if entry["layer"] == path("gate")}
     assert what == {f"block 1, expert {STARVED}: 0 tokens, rounded to nearest"}
     assert report["architecture"]["coverage"] > 0.95
+    assert report["architecture"]["experts"] == STARVED + 1
 
 
 def test_the_report_tells_the_experts_of_a_layer_as_one(run: Path) -> None:

@@ -24,6 +24,7 @@ from mico.packed.experts import unfuse
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_SEQLEN = 2048
+_FFN = ("moe_intermediate_size", "intermediate_size", "ffn_dim")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -292,7 +293,7 @@ def describe(model: Any, family: Family) -> dict[str, Any]:
     """The architecture of a model in plain JSON values, for the report.
 
     coverage: the share of the Linears that gets compressed, as `coverage` counts it; vision: parameters of a model that
-    sees images which stay dense, there only where it does.
+    sees images which stay dense, experts: those of a layer; both are there only where the model has any.
     """
     config = model.config.get_text_config()
     facts = {
@@ -301,12 +302,14 @@ def describe(model: Any, family: Family) -> dict[str, Any]:
         "hidden": config.hidden_size,
         "heads": config.num_attention_heads,
         "kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        "ffn": getattr(config, "intermediate_size", None) or config.ffn_dim,
+        "ffn": next(getattr(config, name) for name in _FFN if getattr(config, name, None)),
         "vocabulary": config.vocab_size,
         "tied_head": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "coverage": round(coverage(model, family), 4),
     }
+    if experts := {stream.expert for stream in family.streams} - {None}:
+        facts["experts"] = len(experts)
     if family.vision:
         facts["vision"] = sum(p.numel() for module in _vision(model, family) for p in module.parameters())
     return facts
