@@ -241,14 +241,14 @@ def _routes(root: nn.Module, chosen: dict[str, tuple[Any, ...]] | None) -> Itera
 class _Walker:
     """Hidden states between blocks (on the host) and the arguments every block is called with."""
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, batches: Mapping[int, Batch]) -> None:
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, batches: Mapping[int, Batch], paired: bool) -> None:
         self.device, self.numbers = next(model.parameters()).device, list(batches)
         self.calls: dict[tuple[int, torch.Size], _Call] = {}
         self.inputs: list[torch.Tensor] = []
         base = getattr(model, "base_model", model)
         for batch in batches.values():
             self._record(base, blocks, batch)
-        self.dense_inputs = list(self.inputs)
+        self.dense_inputs = list(self.inputs) if paired else []
 
     def _record(self, base: nn.Module, blocks: nn.ModuleList, batch: Batch) -> None:
         """One forward in which every block only notes how it was called: exact masks and positions, layer by layer."""
@@ -293,7 +293,7 @@ def walk(
     blocks = lookup(model, family.blocks)
     assert isinstance(blocks, nn.ModuleList)
     with torch.no_grad(), resident(None):
-        walker = _Walker(model, blocks, dict(list(enumerate(batches))[share]))
+        walker = _Walker(model, blocks, dict(list(enumerate(batches))[share]), paired)
     for index, module in enumerate(blocks):
         with resident(index):
             block = Block(index, module, family, walker, copy.deepcopy(module) if paired else None)

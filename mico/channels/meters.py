@@ -25,15 +25,14 @@ def accumulator(channels: int, device: torch.device | str = "cpu") -> torch.Tens
     return torch.zeros(channels, channels, dtype=dtype, device=device)
 
 
-def gram(x_TC: torch.Tensor) -> torch.Tensor:
-    """xᵀ x, (C, C): the upper triangle by panels of columns, the lower one mirrored; half the work of x.T @ x."""
-    channels = x_TC.shape[1]
-    x_CT, gram_CC = x_TC.T.contiguous(), x_TC.new_empty(channels, channels)
+def add_gram(x_TC: torch.Tensor, total_CC: torch.Tensor) -> None:
+    """Add xᵀ x to `total_CC`: the upper triangle by panels of columns, mirrored; half the work of x.T @ x."""
+    channels, x_CT = x_TC.shape[1], x_TC.T.contiguous()
     for start in range(0, channels, PANEL):
         end = min(start + PANEL, channels)
-        gram_CC[start:end, start:] = linear(x_CT[start:end], x_CT[start:])
-        gram_CC[end:, start:end] = gram_CC[start:end, end:].T
-    return gram_CC
+        panel_SC = linear(x_CT[start:end], x_CT[start:])
+        total_CC[start:end, start:] += panel_SC
+        total_CC[end:, start:end] += panel_SC[:, end - start :].T
 
 
 @dataclass
@@ -51,10 +50,9 @@ class SecondMoments:
     def add(self, x_TC: torch.Tensor) -> None:
         """Add T rows. Raises UserError when they hold NaN or Inf."""
         x_TC = x_TC.float()
-        gram_CC = gram(x_TC)
-        if not torch.isfinite(gram_CC.diagonal()).all():
+        add_gram(x_TC, self.gram_CC)
+        if not torch.isfinite(self.gram_CC.diagonal()).all():
             raise UserError("activations hold NaN or Inf (or overflow float32): try --dtype float32")
-        self.gram_CC += gram_CC
         self.sum_C += x_TC.sum(0)  # float32 within a batch: a float64 reduction is twenty times slower
         self.count += len(x_TC)
 

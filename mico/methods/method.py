@@ -67,20 +67,22 @@ class LayerResult:
 Method = Callable[[StreamProblem], Sequence[LayerResult]]
 
 
-PANEL = 256  # columns of one GEMM of an energy
+PANEL, ROWS = 256, 4096  # columns and rows of one GEMM of an energy
 
 
 def row_energies(weight_RC: torch.Tensor, gram_CC: torch.Tensor) -> torch.Tensor:
     """diag(W G Wᵀ), (R,) in float64: the squared norm of every output over the tokens behind the Gram matrix.
 
-    By panels of columns, each against itself and the ones before it: G is symmetric, so half of it will do.
+    By panels of columns, each against itself and the ones before it: G is symmetric, so half of it will do. By panels
+    of rows too, as the products copy what they read.
     """
     energy_R = torch.zeros(len(weight_RC), dtype=torch.float64, device=weight_RC.device)
     for start in range(0, len(gram_CC), PANEL):
         end = min(start + PANEL, len(gram_CC))
         panel_SC = gram_CC[start:end, :end].to(weight_RC, copy=True)
         panel_SC[:, :start] *= 2
-        energy_R += (linear(weight_RC[:, :end], panel_SC) * weight_RC[:, start:end]).sum(1, dtype=torch.float64)
+        for rows_RC, sums_R in zip(weight_RC.split(ROWS), energy_R.split(ROWS), strict=True):
+            sums_R += (linear(rows_RC[:, :end], panel_SC) * rows_RC[:, start:end]).sum(1, dtype=torch.float64)
     return energy_R
 
 

@@ -77,14 +77,16 @@ def collect(
     gram_CC: torch.Tensor,
 ) -> list[LayerResult]:
     """Cut the sweep's result back into Linears, with the error of each under `gram_CC` (of the inputs it sees)."""
-    packed, delta_RC = [], -dense_RC
+    packed = []
     for layer, segment, grid in zip(problem.layers, problem.segments, grids, strict=True):
         rows = segment.rows
         keep_RC = swept.keep_RC[rows] if swept.keep_RC is not None and (segment.sparsity or segment.pattern) else None
         codes_RC = swept.codes_RC[rows] if swept.codes_RC is not None else None
         quantized = pack(layer, swept.weight_RC[rows], codes_RC, keep_RC, grid)
-        delta_RC[rows] += swept.weight_RC[rows] if quantized.quantized else quantized.dequantize()
+        if not quantized.quantized:  # rounded to 16 bits
+            swept.weight_RC[rows] = quantized.dequantize()
         packed.append(quantized)
+    delta_RC = swept.weight_RC.sub_(dense_RC)  # nobody needs the values any more
     error_R, energy_R = (row_energies(rows_RC, gram_CC) for rows_RC in (delta_RC, dense_RC))
     facts = {"damping": factor.damping, "dead": int(factor.dead_C.sum())}
     fallbacks = (f"damping raised to {factor.damping:g}",) if factor.escalated else ()
