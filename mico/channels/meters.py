@@ -50,9 +50,9 @@ class SecondMoments:
     def add(self, x_TC: torch.Tensor) -> None:
         """Add T rows. Raises UserError when they hold NaN or Inf."""
         x_TC = x_TC.float()
-        add_gram(x_TC, self.gram_CC)
-        if not torch.isfinite(self.gram_CC.diagonal()).all():
+        if not torch.isfinite(torch.linalg.vector_norm(x_TC, dim=0).square()).all():
             raise UserError("activations hold NaN or Inf (or overflow float32): try --dtype float32")
+        add_gram(x_TC, self.gram_CC)
         self.sum_C += x_TC.sum(0)  # float32 within a batch: a float64 reduction is twenty times slower
         self.count += len(x_TC)
 
