@@ -24,18 +24,19 @@ from mico.walk import MOMENTS_BYTES, PAIRED_MATRICES
 # factors: (C, C) in the dtype of the moments, weights: (R, C) in float32.
 _FACTOR = (3.0, 0.0)  # the Hessian, its Cholesky factor and the inverse
 SOLVING: dict[str, tuple[tuple[float, float], ...]] = {
-    "rows": (_FACTOR, (2.25, 5.3)),  # min-max grids
-    "rows dense": (_FACTOR, (2.25, 4.8)),
-    "symmetric": (_FACTOR, (2.25, 6.5)),
-    "symmetric dense": (_FACTOR, (2.25, 5.4)),
+    "rows": (_FACTOR, (2.3, 5.2)),  # min-max grids
+    "rows dense": (_FACTOR, (2.3, 4.6)),
+    "symmetric": (_FACTOR, (2.1, 6.4)),
+    "symmetric dense": (_FACTOR, (2.1, 5.4)),
     "mico": ((4.2, 5.9), (3.5, 11.3)),
     "mico dense": ((4.4, 3.6), (3.0, 7.3)),
     "wanda": ((0.2, 8.1),),
     "rtn": ((0.2, 6.8),),
 }
-FACTOR_COLUMNS = 600  # right-hand sides and solutions while a factor is inverted, in its dtype
+FACTOR_COLUMNS = 400  # right-hand sides and solutions while a factor is inverted, in its dtype
 LIBRARY_FACTORS = 1.0  # (C, C): what LAPACK and BLAS take beside PyTorch's allocator and keep for the next call
 START_BYTES = 40 * 10**6  # what a run imports beyond what a forecast does
+HEAP_SHARE, HEAP_BYTES = 0.6, 300 * 10**6  # of what is in use and freed, the C library keeps pieces below 32 MiB
 BLOCK_FILE = 1.125  # bytes a weight: a code and a mask bit
 FINISHED = 2.0  # bytes a weight of a finished Linear in memory: code and mask
 
@@ -100,22 +101,22 @@ def solve_bytes(stream: StreamShape, kind: str) -> float:
     """What one call of a method takes beyond its moments and dense weights."""
     channels, weights = stream.channels, stream.weights
     moments, itemsize = moment_bytes(channels), accumulator_itemsize(channels)
-    columns = FACTOR_COLUMNS * channels * itemsize if kind not in ("wanda", "rtn") else PANEL * channels * 4
-    return max(
-        factors * moments + matrices * 4 * weights + (columns if matrices < 6.6 else 0)
-        for factors, matrices in SOLVING[kind]
-    )
+    columns = PANEL * channels * 4 if kind in ("wanda", "rtn") else FACTOR_COLUMNS * channels * itemsize
+    held = [factors * moments + matrices * 4 * weights for factors, matrices in SOLVING[kind]]
+    held[0] += columns  # the factorization comes first
+    return max(held)
 
 
 def _library_bytes(stream: StreamShape, kind: str) -> float:
     return 0.0 if kind in ("wanda", "rtn") else LIBRARY_FACTORS * moment_bytes(stream.channels)
 
 
-def gram_bytes(channels: int, tokens: float, matrices: int = 1) -> float:
-    """What adding a batch to moments takes: transposed rows and their product, then that product in float64."""
-    product = 4 * channels**2
+def gram_bytes(channels: int, tokens: float, paths: int = 1) -> float:
+    """What adding a batch takes: transposed rows and a panel of products; of two paths the whole product, widened."""
+    if paths == 1:
+        return 4.0 * tokens * channels + 3 * 4 * PANEL * channels
     widened = 8 * channels**2 if channels <= DOUBLE_LIMIT else 0
-    return product + max(4.0 * tokens * channels * matrices + 4 * PANEL * channels, widened)
+    return 4 * channels**2 + max(4.0 * paths * tokens * channels, widened)
 
 
 class Memory:
@@ -151,7 +152,8 @@ class Memory:
 
     def peaks(self, need: Need, cuda: bool) -> tuple[float, float]:
         """(host, device) bytes; without a device all is on the host."""
-        return (self.base + need.host, need.device) if cuda else (self.base + need.host + need.device, 0.0)
+        host = need.host if cuda else need.host + need.device
+        return self.base + host + min(HEAP_SHARE * host, HEAP_BYTES), need.device if cuda else 0.0
 
     def _load(self) -> Need:
         if self.task.streamed:

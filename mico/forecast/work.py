@@ -18,7 +18,7 @@ from mico.methods.support import STEPS
 RATE_SEARCH = 0.15  # of the candidates that a symmetric grid is fitted with
 TEXT_TOKENS = {"wikitext2": 340_000, "ptb": 120_000, "docs": 100_000}  # as usual tokenizers cut them; c4 is in windows
 SUPPORT_PASSES = 14  # over (R, C) numbers in a step of conjugate gradients
-LANCZOS_SECONDS = 4e-6  # of a spectral clustering, a channel and neighbour
+LANCZOS_SECONDS = 4e-7  # of a spectral clustering, a channel and neighbour
 START_SECONDS = 8.0  # imports, tokenizer, calibration text
 
 
