@@ -7,9 +7,11 @@ from typing import Any
 
 from mico.callable import callable_module
 from mico.console import Console
+from mico.follow import follow
 from mico.settings import Source
 from mico.stages import Preparation, statistics
 from mico.tables import Section
+from mico.team import gather
 
 callable_module(__name__)
 
@@ -36,14 +38,21 @@ def calibrate(
 
     Returns the folder, what was read, and one record a stream and block: channels, rows, dead channels, and the
     root mean square and largest root mean square of a channel. Raises UserError for what the user can mend.
+    In a process of a team that is not the first the result is empty.
     """
     console = console or Console()
-    source = Source(
-        model, calib, data_dir, data_file, nsamples, seqlen, batch_size, seed, device, dtype, offline,
-        trust_remote_code, stream,
-    )  # fmt: skip
-    preparation = Preparation(source, console)
-    found = statistics(preparation, save)
+    with gather(device) as team:
+        source = Source(
+            model, calib, data_dir, data_file, nsamples, seqlen, batch_size, seed, team.device, dtype, offline,
+            trust_remote_code, stream,
+        )  # fmt: skip
+        if not team.leads:
+            follow(team, source)
+            return {}
+        preparation = Preparation(source, console, team)
+        for line in team.describe():
+            console.note(line)
+        found = statistics(preparation, save)
     records = (found.run.path / "layers.jsonl").read_text(encoding="utf-8").splitlines()
     return dict(
         model=model,

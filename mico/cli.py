@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -18,7 +17,20 @@ from rich.console import Console as RichConsole
 
 from mico import __version__
 from mico import options as o
-from mico.errors import CONTRACT, INTERNAL, INTERRUPTED, TERMINATED, USER, ContractError, UserError
+from mico.errors import (
+    CONTRACT,
+    INTERNAL,
+    INTERRUPTED,
+    TERMINATED,
+    USER,
+    ContractError,
+    Silenced,
+    Terminated,
+    UserError,
+    disk_is_full,
+    is_forbidden,
+    out_of_memory,
+)
 
 BROKEN_PIPE = 141  # what a shell reports for a program that a closed pipe ended
 _KEPT = "finished blocks are kept, the same command again goes on after them"
@@ -102,7 +114,8 @@ def calibrate(
         batch_size=batch_size, seed=seed, device=device, dtype=dtype, offline=offline,
         trust_remote_code=trust_remote_code, stream=stream, save=save, console=_console(quiet, verbose),
     )  # fmt: skip
-    _show(section(result))
+    if result:  # only the first process of a team has something to show
+        _show(section(result))
 
 
 @app.command("mi-group", epilog="Example: mico mi-group opt-125m --n-groups 10 --mi-method copula --data-dir texts")
@@ -126,7 +139,8 @@ def mi_group(
         device=device, dtype=dtype, offline=offline, trust_remote_code=trust_remote_code, stream=stream,
         statistics=statistics, save=save, console=_console(quiet, verbose),
     )  # fmt: skip
-    _show(section(result))
+    if result:
+        _show(section(result))
 
 
 @app.command(epilog="Example: mico compress tiny-llama --sparsity 0.5 --wbits 4")
@@ -165,7 +179,8 @@ def compress(
         if broken.report is not None:
             print_report(broken.report, _output())
         raise
-    print_report(report, _output())
+    if report:
+        print_report(report, _output())
 
 
 @app.command("eval", epilog="Example: mico eval results/tiny-llama-mico-1a2b3c4d --eval all --data-dir texts")
@@ -289,10 +304,6 @@ def _count(text: str) -> int | str:
 # --- exit codes -----------------------------------------------------------------------------------------------------
 
 
-class _Terminated(BaseException):
-    """SIGTERM, raised where the program stands so that locks and temporary files are given up in order."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; every failure is one line on stderr.
 
@@ -316,7 +327,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug and isinstance(error, Exception):
             traceback.print_exc()
         with suppress(OSError):
-            print(f"mico: {line}", file=sys.stderr, flush=True)
+            if line and not (isinstance(error, _USAGE) and os.environ.get("RANK", "0") != "0"):
+                print(f"mico: {line}", file=sys.stderr, flush=True)
     if code == BROKEN_PIPE:  # keep Python from complaining at exit about what it cannot flush
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -327,6 +339,8 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[int, s
     """Exit code and the one line that says what went wrong and what to do."""
     text = " ".join(str(error).split())
     command = next((word for word in arguments if not word.startswith("-")), "")
+    if isinstance(error, Silenced):
+        return error.code, ""
     if isinstance(error, UserError):
         return USER, f"error: {text}"
     if isinstance(error, ContractError):
@@ -336,17 +350,17 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[int, s
         return USER, f"error: {message} (mico {_hyphens(command)} --help tells more)".replace("mico  ", "mico ")
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, f"interrupted: {_what_is_kept(command)}"
-    if isinstance(error, _Terminated):
+    if isinstance(error, Terminated):
         return TERMINATED, f"terminated: {_what_is_kept(command)}"
-    if _out_of_memory(error):
+    if out_of_memory(error):
         return (
             USER,
             f"error: out of memory ({text[:120]}): lower --batch-size, --nsamples or --seqlen, or use --device cpu",
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if isinstance(error, OSError) and disk_is_full(error):
         where = error.filename or "the disk"
         return USER, f"error: {where} is full ({error.strerror}): free disk space and run the same command again"
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS) and error.filename:
+    if isinstance(error, OSError) and is_forbidden(error):
         return USER, f"error: {error.filename} cannot be used ({error.strerror}): fix its permissions or give another"
     named = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return INTERNAL, f"internal error: {named[:300]}; run again with --debug for the traceback"
@@ -354,15 +368,6 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[int, s
 
 def _what_is_kept(command: str) -> str:
     return _KEPT if _hyphens(command) in ("calibrate", "mi-group", "compress") else "nothing was written"
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    # torch is not imported to ask for its type; its CPU allocator has none of its own.
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-    )
 
 
 @contextmanager
@@ -373,7 +378,7 @@ def _terminable() -> Iterator[None]:
         return
 
     def terminate(_number: int, _frame: Any) -> None:
-        raise _Terminated
+        raise Terminated
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:

@@ -6,10 +6,10 @@ ends with the same bytes. What is measured at the end is the model read back fro
 
 from __future__ import annotations
 
-import resource
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,22 @@ from mico.card import model_card
 from mico.checkpoint import save_packed, set_execution, write_manifest
 from mico.console import Console
 from mico.data import Windows
+from mico.ends import put_ends, quantize_ends
 from mico.errors import ContractError, UserError
 from mico.files import atomic_write, read_json
+from mico.follow import follow
 from mico.loading import LoadedModel, copy_processor, describe, quiet, stream_widths
 from mico.packed.quantized import QuantizedWeight
-from mico.packed.table import quantize_table, run_length
+from mico.packed.table import run_length
 from mico.perplexity import PROTOCOL, default_texts, evaluate_texts, evaluation_sets, parse_texts, protocol_line
 from mico.profiles import PROFILES
 from mico.runs import RunFolder, atomic_json
 from mico.runs import fingerprint as digest
 from mico.settings import Compression, Source, compression_of, record
-from mico.solve import Solver
+from mico.solve import Solver, peak_host_bytes
 from mico.stages import Groups, Preparation, results_root
 from mico.summary import check_writable, flat, write_markdown
+from mico.team import gather
 from mico.walk import replace
 
 callable_module(__name__)
@@ -91,50 +94,56 @@ def compress(
 
     The names are those of the command line; None means the default told by `mico compress --help`.
     Raises UserError for what the user can mend, ContractError when `strict` and a fallback was needed (the
-    result is complete on disk then).
+    result is complete on disk then). In a process of a team that is not the first the report is empty.
     """
     console = console or Console()
-    source = Source(
-        model, calib, data_dir, data_file, nsamples, seqlen, batch_size, seed, device, dtype, offline,
-        trust_remote_code, stream,
-    )  # fmt: skip
-    settings = compression_of(
-        sparsity=sparsity, pattern=pattern, wbits=wbits, target_avg_bits=target_avg_bits, n_groups=n_groups,
-        use_mi_grouping=use_mi_grouping, grouping=grouping, mi_method=mi_method, cluster=cluster, method=method,
-        arm=arm, allocation=allocation, group_size=group_size, percdamp=percdamp, blocksize=blocksize,
-        profile=profile, embed_bits=embed_bits,
-    )  # fmt: skip
-    texts = parse_texts(eval if isinstance(eval, str) else ",".join(eval)) if eval is not None else None
-    if json is not None:
-        check_writable("--json", json)
-    with console.stage("total"):
-        preparation = Preparation(source, console)
-        check_shapes(preparation, settings)
-        sets = evaluation_sets(
-            preparation.tokenizer,
-            default_texts(preparation.reference, data_dir) if texts is None else texts,
-            seqlen=preparation.seqlen, data_dir=data_dir, offline=offline,
+    with gather(device) as team:
+        source = Source(
+            model, calib, data_dir, data_file, nsamples, seqlen, batch_size, seed, team.device, dtype, offline,
+            trust_remote_code, stream,
         )  # fmt: skip
-        arguments = _arguments(preparation, settings, sets)
-        name = f"{preparation.label}-{arm or settings.method}-{digest(arguments)[:8]}"
-        folder = Path(save) if save else results_root() / name
-        with RunFolder.open(folder, arguments) as run:
-            if run.completed:
-                console.note(f"compress: {run.path} is finished and whole, reusing it")
-                report = read_json(run.path / "report.json")
-            else:
-                for name in run.damaged:
-                    console.note(f"{run.path / name} is missing or damaged: written again from the finished blocks")
-                job = _Job(preparation, settings, sets, run, console, arm, statistics, groups, allow_partial)
-                report = job.run_all()
-    if json:
-        atomic_json(json, flat(report))
-    if strict and report["fallbacks"]:
-        first = report["fallbacks"][0]
-        raise ContractError(
-            f"--strict: {len(report['fallbacks'])} fallbacks, the first {first['layer']}: {first['what']}", report
-        )
-    return report
+        if not team.leads:
+            follow(team, source)
+            return {}
+        settings = compression_of(
+            sparsity=sparsity, pattern=pattern, wbits=wbits, target_avg_bits=target_avg_bits, n_groups=n_groups,
+            use_mi_grouping=use_mi_grouping, grouping=grouping, mi_method=mi_method, cluster=cluster, method=method,
+            arm=arm, allocation=allocation, group_size=group_size, percdamp=percdamp, blocksize=blocksize,
+            profile=profile, embed_bits=embed_bits,
+        )  # fmt: skip
+        texts = parse_texts(eval if isinstance(eval, str) else ",".join(eval)) if eval is not None else None
+        if json is not None:
+            check_writable("--json", json)
+        with console.stage("total"):
+            preparation = Preparation(source, console, team)
+            for line in team.describe():
+                console.note(line)
+            check_shapes(preparation, settings)
+            sets = evaluation_sets(
+                preparation.tokenizer,
+                default_texts(preparation.reference, data_dir) if texts is None else texts,
+                seqlen=preparation.seqlen, data_dir=data_dir, offline=offline,
+            )  # fmt: skip
+            arguments = _arguments(preparation, settings, sets)
+            name = f"{preparation.label}-{arm or settings.method}-{digest(arguments)[:8]}"
+            folder = Path(save) if save else results_root() / name
+            with RunFolder.open(folder, arguments) as run:
+                if run.completed:
+                    console.note(f"compress: {run.path} is finished and whole, reusing it")
+                    report = read_json(run.path / "report.json")
+                else:
+                    for name in run.damaged:
+                        console.note(f"{run.path / name} is missing or damaged: written again from the finished blocks")
+                    job = _Job(preparation, settings, sets, run, console, arm, statistics, groups, allow_partial)
+                    report = job.run_all()
+        if json:
+            atomic_json(json, flat(report))
+        if strict and report["fallbacks"]:
+            first = report["fallbacks"][0]
+            raise ContractError(
+                f"--strict: {len(report['fallbacks'])} fallbacks, the first {first['layer']}: {first['what']}", report
+            )
+        return report
 
 
 def _arguments(preparation: Preparation, settings: Compression, sets: dict[str, Windows]) -> dict[str, Any]:
@@ -191,7 +200,8 @@ class _Job:
         made = None
         if found is not None and self.settings.grouping is not None:
             made = stages.groups(self.preparation, found, self.settings.grouping, self.groups)
-        tables = self._tables(loaded)
+        with self.console.stage("embeddings") if self.settings.embed_bits != 16 else nullcontext():
+            tables = quantize_ends(loaded, self.settings.embed_bits)
         with self.console.stage("compress"):
             solver = Solver(self.preparation, self.settings, self.run, self.console)
             outcome = solver.solve(loaded, found, made)
@@ -202,7 +212,7 @@ class _Job:
         self.preparation.forget()
         del loaded  # before the saved model is read back: one model in memory at a time
         compressed = self._compressed_scores(dtype, device, execution, check)
-        report = self._report(architecture, dense, compressed, outcome, solver.overruns, made, rest)
+        report = self._report(architecture, dense, compressed, outcome, solver, made, rest)
         write_markdown(report, self.run.path / "report.md")
         self._describe(report)
         self.run.finish(report)
@@ -273,29 +283,6 @@ class _Job:
 
     # --- output ---
 
-    def _tables(self, loaded: LoadedModel) -> dict[str, QuantizedWeight]:
-        """Embedding and head at --embed-bits, their values put in place: the blocks see what they give."""
-        bits, model = self.settings.embed_bits, loaded.model
-        found: dict[str, QuantizedWeight] = {}
-        if bits == 16:
-            return found
-        names = {id(module): name for name, module in model.named_modules()}
-        with self.console.stage("embeddings"), loaded.part(None):
-            ends = {id(end.weight): end for end in (model.get_output_embeddings(), model.get_input_embeddings())}
-            for module in ends.values():  # tied, they are one: the embedding, which comes last
-                found[names[id(module)]] = quantize_table(module.weight, bits)
-            self._put_tables(model, found)
-        if loaded.store is not None:  # a part is dense again when it is read again
-            loaded.store.changed = lambda index, part: self._put_tables(part, found) if index is None else None
-        return found
-
-    @staticmethod
-    @torch.no_grad()
-    def _put_tables(model: nn.Module, tables: dict[str, QuantizedWeight]) -> None:
-        for name, table in tables.items():
-            weight: Any = model.get_submodule(name).weight
-            weight.copy_(table.dequantize(weight.dtype))
-
     def _save(self, loaded: LoadedModel, tables: dict[str, QuantizedWeight]) -> tuple[torch.Tensor, int]:
         """Write the packed model; return logits to compare the reloaded one with, and bytes outside the Linears."""
         model, family = loaded.model, loaded.family
@@ -309,7 +296,7 @@ class _Job:
             layers = self.run.read_block(index)[0]
             return {f"{family.blocks}.{index}.{path}": quantized for path, quantized in layers.items()}
 
-        dtype = getattr(self.preparation.config, "dtype", None) or loaded.dtype
+        dtype = self.preparation.stored_dtype
         with self.run.publish() as staging, quiet():
             (staging / MODEL).mkdir()
             rest = save_packed(staging / MODEL, model, family, tables, weights, dtype, loaded.part)
@@ -319,7 +306,7 @@ class _Job:
 
     def _put_finished(self, index: int | None, part: nn.Module, tables: dict[str, QuantizedWeight]) -> None:
         if index is None:
-            return self._put_tables(part, tables)
+            return put_ends(part, tables)
         layers, biases, _ = self.run.read_block(index)
         for path, quantized in layers.items():
             replace(part, path, quantized, biases.get(path))
@@ -333,10 +320,10 @@ class _Job:
 
     def _report(
         self, architecture: dict[str, Any], dense: dict[str, Any], compressed: dict[str, Any],
-        layers: list[dict[str, Any]], overruns: list[str], made: Groups | None, rest: int,
+        layers: list[dict[str, Any]], solver: Solver, made: Groups | None, rest: int,
     ) -> dict[str, Any]:  # fmt: skip
         fallbacks = [dict(layer=line["layer"], what=what) for line in layers for what in line["fallbacks"]]
-        fallbacks += [dict(layer="budget", what=what) for what in overruns]
+        fallbacks += [dict(layer="budget", what=what) for what in solver.overruns]
         fallbacks += [
             dict(layer=f"eval {name}", what=f"{score['shortfall']:,} tokens short of the protocol")
             for name, score in compressed.items() if score["shortfall"]
@@ -352,7 +339,7 @@ class _Job:
             seconds={name: round(value, 3) for name, value in self.console.so_far().items()},
             reused_seconds=self.console.reused, resumed_blocks=self.resumed,
             environment_changes=self.run.environment_changes,
-            peak_host_bytes=_peak_host_bytes(), peak_device_bytes=_peak_device_bytes(),
+            processes=solver.shares, peak_host_bytes=peak_host_bytes(), peak_device_bytes=_peak_device_bytes(),
             environment=self.run.environment, command=sys.argv, folder=str(self.run.path),
         )  # fmt: skip
 
@@ -384,11 +371,6 @@ class _Steps:
 @torch.no_grad()
 def _logits(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids_BT, use_cache=False).logits.float().cpu()
-
-
-def _peak_host_bytes() -> int:
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def _peak_device_bytes() -> int:

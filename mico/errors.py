@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 INTERNAL, USER, CONTRACT, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
@@ -17,3 +18,46 @@ class ContractError(Exception):
     def __init__(self, message: str, report: dict[str, Any] | None = None) -> None:
         super().__init__(message)
         self.report = report
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised where the program stands so that locks and temporary files are given up in order."""
+
+
+class Silenced(Exception):
+    """This process ends with `code` and says nothing: the first process of its team speaks for all."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"the first process of the team tells why (exit code {code})")
+        self.code = code
+
+
+def exit_code(error: BaseException | None) -> int:
+    """The code that a program ends with on this error; None is success."""
+    if error is None:
+        return 0
+    if isinstance(error, Silenced):
+        return error.code
+    for kinds, code in ((ContractError, CONTRACT), (KeyboardInterrupt, INTERRUPTED), (Terminated, TERMINATED)):
+        if isinstance(error, kinds):
+            return code
+    mendable = isinstance(error, UserError) or out_of_memory(error) or disk_is_full(error) or is_forbidden(error)
+    return USER if mendable else INTERNAL
+
+
+def out_of_memory(error: BaseException) -> bool:
+    # torch is not imported to ask for its type; its CPU allocator has none of its own.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+def disk_is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_forbidden(error: BaseException) -> bool:
+    """Whether a named file may not be used."""
+    return isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS) and bool(error.filename)

@@ -8,11 +8,13 @@ import mico.stages as stages
 from mico.callable import callable_module
 from mico.console import Console
 from mico.errors import UserError
+from mico.follow import follow
 from mico.loading import stream_widths
 from mico.settings import Grouping, Source
 from mico.stages import Preparation
 from mico.summary import groups_section
 from mico.tables import Section
+from mico.team import gather
 
 callable_module(__name__)
 
@@ -45,18 +47,24 @@ def mi_group(
     Statistics come from `statistics`, or from where calibrate leaves them, and are made when missing.
     Returns the folder and one record a stream and block: number and sizes of the groups, for grouping `mi` also
     mean information within and between them (nats a pair), silhouette and Davies-Bouldin index.
-    Raises UserError for what the user can mend.
+    Raises UserError for what the user can mend. In a process of a team that is not the first the result is empty.
     """
     console = console or Console()
-    chosen = Grouping(n_groups, grouping, mi_method, cluster)
-    source = Source(
-        model, calib, data_dir, data_file, nsamples, seqlen, batch_size, seed, device, dtype, offline,
-        trust_remote_code, stream,
-    )  # fmt: skip
-    preparation = Preparation(source, console)
-    _check(chosen, preparation)
-    found = stages.statistics(preparation, statistics)
-    made = stages.groups(preparation, found, chosen, save)
+    with gather(device) as team:
+        chosen = Grouping(n_groups, grouping, mi_method, cluster)
+        source = Source(
+            model, calib, data_dir, data_file, nsamples, seqlen, batch_size, seed, team.device, dtype, offline,
+            trust_remote_code, stream,
+        )  # fmt: skip
+        if not team.leads:
+            follow(team, source)
+            return {}
+        preparation = Preparation(source, console, team)
+        for line in team.describe():
+            console.note(line)
+        _check(chosen, preparation)
+        found = stages.statistics(preparation, statistics)
+        made = stages.groups(preparation, found, chosen, save)
     records = [record for index in range(preparation.blocks()) for record in made.block(index)[1]]
     return dict(
         model=model, folder=str(made.run.path), statistics=str(found.run.path), grouping=grouping, streams=records

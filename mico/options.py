@@ -174,7 +174,7 @@ Save = Annotated[
         show_default="a folder in $MICO_RESULTS, else in ./results, named after model and options",
     ),
 ]  # fmt: skip
-Device = Annotated[str, _option(_RUN, "--device", help="auto, cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, _option(_RUN, "--device", help="auto, cpu, cuda, cuda:1, ...; several: cuda:0,cuda:1")]
 Dtype = Annotated[
     str,
     _option(

@@ -55,8 +55,10 @@ __all__ = [
     "atomic_write",
     "fingerprint",
     "load_tensors",
+    "pack_weight",
     "save_tensors",
     "sha256_file",
+    "unpack_weight",
 ]
 MANIFEST, LOCK, BLOCKS, LAYERS, REPORT = "manifest.json", ".lock", "blocks", "layers.jsonl", "report.json"
 FORMAT, VERSION = "mico-run", 1
@@ -172,7 +174,7 @@ class RunFolder:
         tensors = {f"extra/{name}": tensor for name, tensor in extra.items()}
         small = {}
         for name, weight in layers.items():
-            parts, small[name] = _pack(weight)
+            parts, small[name] = pack_weight(weight)
             tensors |= {f"layer/{name}/{part}": tensor for part, tensor in parts.items()}
         header = json.dumps(dict(layers=small, extra=list(extra), records=records), separators=(",", ":"))
         digest = save_tensors(self._block_file(index), tensors, {_HEADER: header})
@@ -186,7 +188,7 @@ class RunFolder:
         file = self._block_file(index)
         tensors = load_tensors(file, self._manifest["blocks"][str(index)]["sha256"])
         header = _read_header(file)
-        layers = {name: _unpack(tensors, f"layer/{name}/", small) for name, small in header["layers"].items()}
+        layers = {name: unpack_weight(tensors, f"layer/{name}/", small) for name, small in header["layers"].items()}
         return layers, {name: tensors[f"extra/{name}"] for name in header["extra"]}, header["records"]
 
     def _block_file(self, index: int) -> Path:
@@ -340,7 +342,7 @@ def _line(record: dict[str, Any]) -> str:
 # --- block files ----------------------------------------------------------------------------------------------------
 
 
-def _pack(weight: QuantizedWeight) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def pack_weight(weight: QuantizedWeight) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors of one layer (mask as one bit a weight) and its small fields."""
     parts = dict(codes=weight.codes_RC, row_scale=weight.row_scale_RG, group_scale=weight.group_scale_G)
     parts |= dict(zero=weight.zero_RG, label=weight.label_C.to(torch.int32))
@@ -350,7 +352,7 @@ def _pack(weight: QuantizedWeight) -> tuple[dict[str, torch.Tensor], dict[str, A
     return present, dict(bits=list(weight.bits_G), pattern=weight.pattern)
 
 
-def _unpack(tensors: dict[str, torch.Tensor], prefix: str, small: dict[str, Any]) -> QuantizedWeight:
+def unpack_weight(tensors: dict[str, torch.Tensor], prefix: str, small: dict[str, Any]) -> QuantizedWeight:
     part = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     codes_RC, keep_RC = part["codes"], None
     if "keep" in part:

@@ -5,6 +5,10 @@ Suffixes: R rows, C channels, G groups.
 
 from __future__ import annotations
 
+import resource
+import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,16 +20,18 @@ from mico.channels.allocation import WIDTHS
 from mico.channels.meters import PairedMoments, SecondMoments
 from mico.channels.plan import ChannelGroups, LayerPlan
 from mico.channels.starved import note, trusted, trusted_pair
+from mico.checkpoint import exactly
 from mico.console import Console
 from mico.loading import LoadedModel
 from mico.methods import METHODS, PAIRED, Layer, StreamProblem
 from mico.methods.budget import Budget, Demand, demand, factored_bits, plain_bits, shared
 from mico.methods.sweep import factorize
-from mico.packed.quantized import SCALE_BITS, QuantizedWeight, label_bits
+from mico.packed.quantized import QuantizedWeight, label_bits
 from mico.profiles import PROFILES, Profile
-from mico.runs import RunFolder
+from mico.runs import RunFolder, pack_weight, unpack_weight
 from mico.settings import Compression
 from mico.stages import Groups, Preparation, Statistics
+from mico.team import Balance, Team
 from mico.walk import Block, walk
 
 SAFETY = 2e-3  # bits a weight kept back, so that the last mask cannot push the stored size over the plain layout
@@ -39,16 +45,43 @@ class Finished:
     biases: dict[str, torch.Tensor]
     records: list[dict[str, Any]]
 
+    def send(self, team: Team, source: int) -> Finished:
+        """What process `source` has, in every process."""
+        small, tensors = {}, {f"bias/{path}": bias_R for path, bias_R in self.biases.items()}
+        for path, weight in self.layers.items() if not team.alone and team.rank == source else ():
+            parts, small[path] = pack_weight(weight)
+            tensors |= {f"layer/{path}/{part}": tensor for part, tensor in parts.items()}
+        (small, records), tensors = team.send(source, (small, self.records), tensors)
+        if team.rank == source:
+            return self
+        layers = {path: unpack_weight(tensors, f"layer/{path}/", facts) for path, facts in small.items()}
+        biases = {name.removeprefix("bias/"): bias_R for name, bias_R in tensors.items() if name.startswith("bias/")}
+        return Finished(layers, biases, records)
+
+    def add(self, more: Finished) -> None:
+        self.layers |= more.layers
+        self.biases |= more.biases
+        self.records += more.records
+
 
 @dataclass
 class Solver:
-    """The walk of one run: settings in, finished blocks in the run folder out."""
+    """The walk of one run: settings in, finished blocks in the run folder out.
+
+    In a team every process walks, with its batches; the first one alone has the run folder, statistics and groups.
+    """
 
     preparation: Preparation
     settings: Compression
-    run: RunFolder
+    run: RunFolder | None
     console: Console
     overruns: list[str] = field(default_factory=list)  # what the budget could not hold
+    spent: dict[str, float] = field(default_factory=lambda: dict(solving_seconds=0.0, solving_cpu_seconds=0.0))
+
+    def __post_init__(self) -> None:
+        self.team = self.preparation.team
+        self.balance = Balance(self.team.size)
+        self.shares: list[dict[str, Any]] = []  # of the processes, when all is solved
 
     def solve(self, loaded: LoadedModel, found: Statistics | None, made: Groups | None) -> list[dict[str, Any]]:
         """Compress `loaded` in place, block by block; return one record a Linear.
@@ -56,24 +89,13 @@ class Solver:
         Blocks that the run folder holds are read instead of solved. Statistics of the dense model are there when
         widths are allocated, groups when the plan has channel groups.
         """
-        run, records = self.run, []
+        assert self.run is not None
         budget = self._budget(loaded, found, made) if found is not None else None
-        if run.finished:
-            self.console.note(f"compress: {run.finished} blocks were finished, going on after them")
-        paired = self.settings.method in PAIRED
-        blocks = walk(loaded.model, loaded.family, self.preparation.batches, paired=paired, resident=loaded.part)
-        with self.console.bar("compress", self.preparation.blocks()) as advance:
-            for block in blocks:
-                if block.index < run.finished:
-                    finished = self._restore(block, budget)
-                else:
-                    labels = made.block(block.index)[0] if made is not None else {}
-                    finished = self._compress(block, labels, budget)
-                    run.write_block(block.index, finished.layers, finished.biases, finished.records)
-                    for record in finished.records:
-                        run.log_layer(record)
-                records += finished.records
-                advance(f"block {block.index}, error {max(record['error'] for record in finished.records):.3g}")
+        if self.run.finished:
+            self.console.note(f"compress: {self.run.finished} blocks were finished, going on after them")
+        with self.preparation.together("compress", self.run.finished, self.settings):
+            records = self.pass_through(loaded, self.run.finished, made, budget)
+            self.shares = self.processes()
         if budget is not None and budget.missed_by > 0.01:
             missed = f"the code bits miss their target by {budget.missed_by:.3f} bits a kept weight"
             if self._profile is None or budget.exceeded:
@@ -82,8 +104,39 @@ class Solver:
                 self.console.note(missed)
         return records
 
+    def pass_through(
+        self, loaded: LoadedModel, done: int, made: Groups | None = None, budget: Budget | None = None
+    ) -> list[dict[str, Any]]:
+        """The part of every process: `done` blocks are read, the others solved together."""
+        run, records = self.run, []
+        blocks = walk(
+            loaded.model, loaded.family, self.preparation.batches, paired=self.settings.method in PAIRED,
+            resident=loaded.part, share=self.team.share,
+        )  # fmt: skip
+        with self.console.bar("compress", self.preparation.blocks()) as advance:
+            for block in blocks:
+                if block.index < done:
+                    finished = self._restore(block, budget)
+                else:
+                    labels = made.block(block.index)[0] if made is not None else {}
+                    finished = self._compress(block, labels, budget)
+                    if run is not None:
+                        run.write_block(block.index, finished.layers, finished.biases, finished.records)
+                        for record in finished.records:
+                            run.log_layer(record)
+                records += finished.records
+                advance(f"block {block.index}, error {max(record['error'] for record in finished.records):.3g}")
+        return records
+
+    def processes(self) -> list[dict[str, Any]]:
+        """What every process of the team did, by rank."""
+        own = dict(rank=self.team.rank, device=str(self.preparation.device), peak_host_bytes=peak_host_bytes())
+        rounded = {name: round(value, 3) for name, value in self.spent.items()}
+        return self.team.gathered(own | rounded | dict(share=self.balance.share(self.team.rank)))
+
     def _restore(self, block: Block, budget: Budget | None) -> Finished:
-        finished = Finished(*self.run.read_block(block.index))
+        known = ({}, {}, []) if self.run is None else self.run.read_block(block.index)
+        finished = Finished(*known).send(self.team, 0)
         for path, quantized in finished.layers.items():
             block.replace(path, quantized, finished.biases.get(path))
         if budget is not None:
@@ -108,54 +161,97 @@ class Solver:
             budget.spend(name, *finished)
 
     def _compress(self, block: Block, labels: dict[str, ChannelGroups], budget: Budget | None) -> Finished:
-        """Compress the streams of a block in dependency order; paired methods measure each after the one before."""
-        finished, settings = Finished({}, {}, []), self.settings
-        device = next(block.module.parameters()).device
-        paired_method = settings.method in PAIRED
-        new_meter = lambda channels: SecondMoments.empty(channels, device)  # noqa: E731
-        meters = {} if paired_method else block.measure(new_meter, tuple(block.streams))
-        for wave in block.waves():
-            pairs = block.measure_wave(wave) if paired_method else {}
-            for row in wave:
-                paired = pairs.pop(row.name, None)
-                moments = paired.total if paired is not None else meters.pop(row.name)
-                layers = self._layers(block, row.name, labels.get(row.name), budget)
-                self._solve_stream(block, row, layers, moments, paired, finished)
-                if budget is not None:
-                    self._spend(budget, block, row.name, finished.layers)
+        """Compress the streams of a block in dependency order; paired methods measure each after the one before.
+
+        Streams measured together are solved by their owners at the same time, unless a budget makes the widths of one
+        depend on what the one before it took.
+        """
+        finished, device = Finished({}, {}, []), next(block.module.parameters()).device
+        for wave in block.waves() if self.settings.method in PAIRED else (tuple(block.family.streams),):
+            moments: dict[str, Any]
+            if self.settings.method in PAIRED:
+                moments = dict(block.measure_wave(wave))
+            else:
+                new_meter = lambda channels: SecondMoments.empty(channels, device)  # noqa: E731
+                moments = dict(block.measure(new_meter, tuple(block.streams)))
+            for rows in [(row,) for row in wave] if self.settings.allocates else [wave]:
+                finished.add(self._solve(block, rows, moments, labels, budget))
         return finished
 
+    def _solve(
+        self, block: Block, rows: Sequence[Stream], moments: dict[str, SecondMoments | PairedMoments],
+        labels: dict[str, ChannelGroups], budget: Budget | None,
+    ) -> Finished:  # fmt: skip
+        """Compress some streams of a block, each in the process that owns it, and put the results in place in all."""
+        team, together, own = self.team, Finished({}, {}, []), {}
+        owners = self.balance.owners([block.shape(row.name) for row in rows])
+        for row, owner in zip(rows, owners, strict=True):
+            layers = self._layers(block, row.name, labels.get(row.name), budget)
+            seen = moments.pop(row.name)
+            seen.reduce(team.total(owner))
+            if owner == team.rank:
+                own[row.name] = layers, seen
+        mine = {row.name: self._solve_stream(block, row, *own.pop(row.name)) for row in rows if row.name in own}
+        for row, owner in zip(rows, owners, strict=True):
+            result = mine.pop(row.name, Finished({}, {}, [])).send(team, owner)
+            for path, quantized in result.layers.items():
+                block.replace(path, quantized, result.biases.get(path))
+            for record in result.records:
+                by = "" if team.alone else f", by {team.who(owner)}"
+                self.console.note(
+                    f"{record['layer']}: {record['bits_per_weight']:.2f} bits, error {record['error']:.3g}{by}", 1
+                )
+            together.add(result)
+            if budget is not None:
+                self._spend(budget, block, row.name, result.layers)
+        return together
+
     def _solve_stream(
-        self, block: Block, row: Stream, layers: tuple[Layer, ...], moments: SecondMoments,
-        paired: PairedMoments | None, finished: Finished,
-    ) -> None:  # fmt: skip
-        """Compress the Linears of one stream in place and note them in `finished`."""
-        settings, more, fallbacks = self.settings, {}, []
+        self, block: Block, row: Stream, layers: tuple[Layer, ...], seen: SecondMoments | PairedMoments
+    ) -> Finished:
+        """The Linears of one stream, compressed; the block is as it was."""
+        settings, finished = self.settings, Finished({}, {}, [])
+        more: dict[str, Any] = {}
+        fallbacks: list[str] = []
+        moments, paired = (seen.total, seen) if isinstance(seen, PairedMoments) else (seen, None)
         if row.expert is not None:
             more["tokens"] = moments.count
             fallbacks = [what for what in [note(moments, block.index, row.expert)] if what]
             moments, paired = trusted(moments), None if paired is None else trusted_pair(paired)
         problem = StreamProblem(layers, moments, paired, settings.percdamp, settings.blocksize)
-        for layer, result in zip(layers, METHODS[settings.method](problem), strict=True):
-            block.replace(layer.name, result.quantized, result.bias_R)
+        wall, cpu = time.monotonic(), time.process_time()
+        results = METHODS[settings.method](problem)
+        self.spent["solving_seconds"] += time.monotonic() - wall
+        self.spent["solving_cpu_seconds"] += time.process_time() - cpu
+        for layer, result in zip(layers, results, strict=True):
             finished.layers[layer.name] = result.quantized
             if result.bias_R is not None:
                 finished.biases[layer.name] = result.bias_R
-            record = layer_record(block, row.name, layer, result.quantized, first=layer is layers[0])
+            bias_bits = self._bias_bits(layer, result.bias_R)
+            record = layer_record(block, row.name, layer, result.quantized, bias_bits, first=layer is layers[0])
             finished.records.append(record | result.facts | more | {"fallbacks": [*fallbacks, *result.fallbacks]})
-            self.console.note(
-                f"{record['layer']}: {record['bits_per_weight']:.2f} bits, error {result.facts['error']:.3g}", 1
-            )
+        return finished
+
+    def _bias_bits(self, layer: Layer, corrected_R: torch.Tensor | None) -> int:
+        """What the bias of a finished Linear takes where it is stored."""
+        bias_R = layer.bias_R if corrected_R is None else corrected_R
+        return 0 if bias_R is None else 8 * exactly(bias_R, self.preparation.stored_dtype).nbytes
 
     def _layers(
         self, block: Block, stream: str, groups: ChannelGroups | None, budget: Budget | None
     ) -> tuple[Layer, ...]:
+        """The Linears of a stream with their plans: what the first process of a team plans holds for all."""
         names = {path: self._account(block.index, stream, path) for path in block.streams[stream]}
         widths = budget.widths(list(names.values())) if budget is not None else {}
+        if self.settings.allocates:
+            label = {} if groups is None else dict(label=groups.label_C)
+            widths, label = self.team.send(0, widths, label)
+            groups = ChannelGroups(label["label"]) if label else None
         found = []
         for path, linear in block.streams[stream].items():
             bias_R = None if linear.bias is None else linear.bias.detach().clone()
-            plan = self._plan(linear.in_features, groups, widths.get(names[path]))
+            bits_G = tuple(widths[names[path]]) if widths else None
+            plan = self._plan(linear.in_features, groups, bits_G)
             found.append(Layer(path, linear.weight.detach(), bias_R, plan))  # solved before it is replaced
         return tuple(found)
 
@@ -226,11 +322,13 @@ class Solver:
         return whole - SAFETY * weight_RC.numel()
 
 
-def layer_record(block: Block, stream: str, layer: Layer, quantized: QuantizedWeight, first: bool) -> dict[str, Any]:
+def layer_record(
+    block: Block, stream: str, layer: Layer, quantized: QuantizedWeight, bias_bits: int, first: bool
+) -> dict[str, Any]:
     """One record of layers.jsonl; a stream's channel labels are counted with its first Linear."""
     stored = quantized.stored_bits()
     stored["labels"] = label_bits(layer.plan.groups.label_C) if first and quantized.quantized else 0
-    stored["bias"] = 0 if layer.bias_R is None else SCALE_BITS * len(layer.bias_R)
+    stored["bias"] = bias_bits
     weights, kept = layer.weight_RC.numel(), int(quantized.kept_G().sum())
     return dict(
         block=block.index, stream=stream, layer=block.name_of(layer.name), rows=len(layer.weight_RC),
@@ -238,3 +336,9 @@ def layer_record(block: Block, stream: str, layer: Layer, quantized: QuantizedWe
         sizes=layer.plan.groups.sizes_G.tolist(), bits=list(quantized.bits_G),
         nominal_bits=stored["codes"] / max(kept, 1), stored=stored, bits_per_weight=sum(stored.values()) / weights,
     )  # fmt: skip
+
+
+def peak_host_bytes() -> int:
+    """The most memory that this process had."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

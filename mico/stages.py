@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,8 @@ from mico.methods.sweep import factorize
 from mico.perplexity import default_calibration
 from mico.runs import RunFolder
 from mico.runs import fingerprint as digest
-from mico.settings import Grouping, Source, record
+from mico.settings import Compression, Grouping, Source, record
+from mico.team import ALONE, Team
 from mico.walk import Block, walk
 
 LAYOUT = 1  # of the tensors in a stage's folder; another number makes old folders unfit
@@ -58,8 +61,8 @@ def results_root() -> Path:
 class Preparation:
     """A model and its calibration windows; everything that can be refused is refused before weights are read."""
 
-    def __init__(self, source: Source, console: Console) -> None:
-        self.source, self.console = source, console
+    def __init__(self, source: Source, console: Console, team: Team = ALONE) -> None:
+        self.source, self.console, self.team = source, console, team
         hub = dict(offline=source.offline, trust_remote_code=source.trust_remote_code)
         self.device = pick_device(source.device)
         self.config = load_config(source.model, **hub)
@@ -90,6 +93,12 @@ class Preparation:
             device=self.device.type,
         )  # fmt: skip
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What the checkpoint's own numbers are stored in."""
+        named = getattr(self.config, "dtype", None)
+        return (getattr(torch, named) if isinstance(named, str) else named) or torch.float32
+
     def load(self) -> LoadedModel:
         """The model in memory, read at the first call."""
         if self._loaded is None:
@@ -112,6 +121,12 @@ class Preparation:
 
     def blocks(self) -> int:
         return int(self.config.get_text_config().num_hidden_layers)
+
+    def together(self, stage: str, finished: int, settings: Compression | None = None) -> AbstractContextManager[None]:
+        """The other processes of the team then do their part of a stage from block `finished` on (mico/follow.py)."""
+        chosen = None if settings is None else record(settings)
+        task = dict(stage=stage, finished=finished, settings=chosen, identity=digest(self.identity))
+        return self.team.asked(dict(source=asdict(self.source)), task)
 
 
 def kept_stage(
@@ -148,14 +163,39 @@ def kept_stage(
 
 
 class StreamMeter:
-    """Second moments and a reservoir of rows of one stream."""
+    """Second moments and a reservoir of rows of one stream.
 
-    def __init__(self, channels: int, device: torch.device) -> None:
-        self.moments, self.reservoir = SecondMoments.empty(channels, device), Reservoir(channels)
+    rows: of the stream in every batch; share: the batches that are added here, when others see the rest.
+    """
+
+    def __init__(
+        self, channels: int, device: torch.device, rows: list[int] | None = None, share: slice = slice(None)
+    ) -> None:
+        self.moments, self.reservoir = SecondMoments.empty(channels, device), Reservoir(channels, total=sum(rows or ()))
+        self._starts = None
+        if rows is not None:
+            places = list(zip([0, *accumulate(rows)][:-1], rows, strict=True))
+            self._starts = iter([start for start, length in places[share] if length])
 
     def add(self, x_TC: torch.Tensor) -> None:
+        if self._starts is not None:
+            self.reservoir.seen = next(self._starts)
         self.moments.add(x_TC)
         self.reservoir.add(x_TC)
+
+    def join(self, team: Team, rows: list[int]) -> None:
+        """Bring the shares of all processes together in the first one, as if it had seen every batch itself."""
+        self.moments.reduce(team.total(0))
+        parts = [team.send(rank, None, dict(rows=self.reservoir.rows_TC))[1]["rows"] for rank in range(team.size)]
+        self.reservoir.rows_TC = in_order(parts, rows, self.reservoir.stride)
+
+
+def in_order(parts: list[torch.Tensor], rows: list[int], stride: int) -> torch.Tensor:
+    """Every stride-th row in the order of the batches; part p holds those of batches p, p + parts, ..."""
+    starts = [0, *accumulate(rows)][:-1]
+    kept = [len(range(-start % stride, length, stride)) for start, length in zip(starts, rows, strict=True)]
+    pieces = [part.split(kept[rank :: len(parts)]) for rank, part in enumerate(parts)]
+    return torch.cat([pieces[batch % len(parts)][batch // len(parts)] for batch in range(len(rows))])
 
 
 @dataclass(frozen=True)
@@ -181,20 +221,54 @@ def statistics(preparation: Preparation, folder: str | None = None) -> Statistic
     place = Path(folder) if folder else results_root() / f"statistics-{preparation.label}-{digest(identity)[:8]}"
 
     def make(run: RunFolder, advance: Callable[[str], None]) -> None:
-        loaded = preparation.load()
-        for block in walk(loaded.model, loaded.family, preparation.batches, resident=loaded.part):
-            if block.index < run.finished:
-                continue
-            meters = block.measure(lambda channels: StreamMeter(channels, loaded.device))
-            tensors = {}
-            for stream, meter in meters.items():
-                tensors[f"{stream}/sum"] = meter.moments.sum_C
-                tensors[f"{stream}/gram"] = meter.moments.gram_CC.float()
-                tensors[f"{stream}/rows"] = meter.reservoir.rows_TC
-            run.write_block(block.index, {}, tensors, [_facts(block, s, m) for s, m in meters.items()])
-            advance("")
+        preparation.load()
+        with preparation.together("statistics", run.finished):
+            for block, meters in measured(preparation, run.finished):
+                tensors = {}
+                for stream, meter in meters.items():
+                    tensors[f"{stream}/sum"] = meter.moments.sum_C
+                    tensors[f"{stream}/gram"] = meter.moments.gram_CC.float()
+                    tensors[f"{stream}/rows"] = meter.reservoir.rows_TC
+                run.write_block(block.index, {}, tensors, [_facts(block, s, m) for s, m in meters.items()])
+                advance("")
 
     return Statistics(kept_stage("statistics", place, identity, preparation.blocks(), preparation.console, make))
+
+
+def measured(preparation: Preparation, finished: int) -> Iterator[tuple[Block, dict[str, StreamMeter]]]:
+    """The blocks from `finished` on with a meter a stream, which has seen all batches in the first process."""
+    team, loaded = preparation.team, preparation.load()
+    for block in walk(loaded.model, loaded.family, preparation.batches, resident=loaded.part, share=team.share):
+        if block.index < finished:
+            continue
+        if team.alone:
+            yield block, block.measure(lambda channels: StreamMeter(channels, loaded.device))
+            continue
+        rows = _rows(preparation, block)
+        meters = block.measure(_in_turn(loaded.device, rows, team.share))
+        for stream, meter in meters.items():
+            meter.join(team, rows[stream])
+        yield block, meters
+
+
+def _in_turn(device: torch.device, rows: dict[str, list[int]], share: slice) -> Callable[[int], StreamMeter]:
+    """Makes the meters of a block, which asks for them in the order of the family's streams."""
+    in_turn = iter(rows.values())
+    return lambda channels: StreamMeter(channels, device, next(in_turn), share)
+
+
+def _rows(preparation: Preparation, block: Block) -> dict[str, list[int]]:
+    """Rows of every stream in every batch, which only the routers know where experts share them."""
+    size, batches = preparation.team.size, preparation.batches
+    tokens = [batch["input_ids"].numel() for batch in batches]
+    counted = preparation.team.gathered(block.expert_rows())
+    found = {}
+    for stream in preparation.family.streams:
+        apart = [part.get(stream.name) for part in counted]
+        found[stream.name] = (
+            tokens if apart[0] is None else [apart[batch % size][batch // size] for batch in range(len(batches))]
+        )
+    return found
 
 
 def _facts(block: Block, stream: str, meter: StreamMeter) -> dict[str, Any]:

@@ -287,9 +287,21 @@ def _costs(report: Report) -> Section:
         ]
     rows.append(("total", duration_text(total_seconds(seconds))))
     rows.append(("peak host memory", size_text(report["peak_host_bytes"])))
+    rows += _processes(report.get("processes", []))
     if report["peak_device_bytes"]:
         rows.append(("peak device memory", size_text(report["peak_device_bytes"])))
     return Section("Time and memory", ("stage", ""), tuple(rows))
+
+
+def _processes(processes: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What each of several processes had to do."""
+    return [
+        (
+            f"process {one['rank']} on {one['device']}",
+            f"{duration_text(one['solving_seconds'])} solving ({one['share']:.0%}), {size_text(one['peak_host_bytes'])}",
+        )
+        for one in (processes if len(processes) > 1 else ())
+    ]
 
 
 # --- helpers of the sections ----------------------------------------------------------------------------------------

@@ -57,6 +57,15 @@ class Block:
         self.streams: dict[str, dict[str, nn.Linear]] = {s.name: linears_of(module, s) for s in family.streams}
         self.outputs: list[torch.Tensor] | None = None
 
+    @property
+    def family(self) -> Family:
+        return self._family
+
+    def shape(self, stream: str) -> tuple[int, int]:
+        """Rows of all Linears of a stream, and its channels."""
+        linears = self.streams[stream].values()
+        return sum(linear.out_features for linear in linears), next(iter(linears)).in_features
+
     def name_of(self, path: str) -> str:
         """Full name of a Linear of this block inside the model."""
         return f"{self._family.blocks}.{self.index}.{path}"
@@ -90,11 +99,14 @@ class Block:
         """How many rows every stream of an expert gets from each batch that is carried here."""
         experts = [s for s in self._family.streams if s.expert is not None]
         counts: dict[str, list[int]] = {s.name: [] for s in experts}
+
+        def count(stream: Stream, x_TC: torch.Tensor) -> None:
+            counts[stream.name][-1] = len(x_TC)
+
         for x_BTC in self._walker.inputs if experts else ():
-            seen = dict.fromkeys(counts, 0)
-            self._capture(self.module, experts, x_BTC, lambda s, x_TC: seen.update({s.name: len(x_TC)}), stop=False)
-            for name, rows in seen.items():
-                counts[name].append(rows)
+            for rows in counts.values():
+                rows.append(0)
+            self._capture(self.module, experts, x_BTC, count, stop=False)
         return counts
 
     def waves(self) -> Iterator[tuple[Stream, ...]]:

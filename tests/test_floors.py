@@ -16,7 +16,8 @@ FLOORS = (  # from the roof to the basement; a room is one top-level file or fol
     (
         "middle",
         {"walk", "loading", "methods", "perplexity", "files", "runs", "stages", "solve", "reference"}
-        | {"console", "tables", "summary", "callable", "card", "checkpoint", "exports", "forecast", "plugin"},
+        | {"console", "tables", "summary", "callable", "card", "checkpoint", "exports", "forecast", "plugin"}
+        | {"team", "follow", "ends"},
     ),
     ("ground", {"adapters", "channels", "packed", "data"}),
     ("basement", {"errors", "profiles", "settings"}),
