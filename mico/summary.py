@@ -295,13 +295,11 @@ def _costs(report: Report) -> Section:
 
 def _processes(processes: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """What each of several processes had to do."""
-    return [
-        (
-            f"process {one['rank']} on {one['device']}",
-            f"{duration_text(one['solving_seconds'])} solving ({one['share']:.0%}), {size_text(one['peak_host_bytes'])}",
-        )
-        for one in (processes if len(processes) > 1 else ())
-    ]
+    rows = []
+    for one in processes if len(processes) > 1 else ():
+        solving = f"{duration_text(one['solving_seconds'])} solving ({one['share']:.0%} of the work)"
+        rows.append((f"process {one['rank']} on {one['device']}", f"{solving}, {size_text(one['peak_host_bytes'])}"))
+    return rows
 
 
 # --- helpers of the sections ----------------------------------------------------------------------------------------
