@@ -43,8 +43,7 @@ from mico.settings import choose
 MANIFEST = "mico_manifest.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FORMAT, VERSION = "mico-packed", 1
-SHARD_BYTES = 5 * 10**9
-SHARD_SIZE = "5GB"  # the same, as transformers takes it
+SHARD_BYTES = 512 * 10**6  # a file is whole in memory while it is written
 
 
 def pack_model(model: Any, family: Family, parts: Iterable[Mapping[str, QuantizedWeight]], dtype: torch.dtype) -> None:

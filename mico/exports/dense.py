@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from mico.adapters import auto_class
-from mico.checkpoint import SHARD_SIZE, set_execution
+from mico.checkpoint import set_execution
 from mico.console import Console
-from mico.exports.folder import model_dtype, probe_logits
+from mico.exports.folder import SHARD, model_dtype, probe_logits
 from mico.exports.source import Exported, PackedSource
 from mico.loading import copy_processor, quiet
 from mico.packed.experts import unfuse
@@ -24,7 +24,7 @@ def export_dense(source: PackedSource, out: Path, console: Console, dtype: torch
     dtype = dtype or model_dtype(source)
     model = source.dense_model(dtype)
     with quiet(), console.stage("write"):
-        model.save_pretrained(out, max_shard_size=SHARD_SIZE)
+        model.save_pretrained(out, max_shard_size=SHARD)
         source.tokenizer.save_pretrained(out)
         copy_processor(source.folder, out)
     del model

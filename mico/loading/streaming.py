@@ -7,9 +7,10 @@ transformers, as in a whole load, so the values are the same bits.
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -74,6 +75,7 @@ class BlockStore:
                     setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
         if index is None:
             self.model.tie_weights()
+        _return_freed_memory()
 
     def _read(self, index: int | None) -> None:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -118,6 +120,12 @@ class BlockStore:
 
     def _fill_only(self, index: int) -> None:
         self.fill(index)
+
+
+def _return_freed_memory() -> None:
+    """Give pages that the C library keeps for later back to the system, where it can (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _opened(file: Path) -> Any:

@@ -53,7 +53,7 @@ def mico(problem: StreamProblem) -> list[LayerResult]:
         for layer, s in zip(problem.layers, problem.segments, strict=True)
     ]
     swept = sweep(target_RC, factor, problem.segments, used(grids), problem.blocksize, keep_RC)
-    results = collect(problem, dense_RC, swept, grids, factor, hessian_CC)
+    results = collect(problem, swept, grids, factor, hessian_CC)
     finished = []
     for layer, result, shrinkage in zip(problem.layers, results, shrinkages, strict=True):
         bias_R = _corrected_bias(layer, result.quantized.dequantize(), problem.moments, paired)

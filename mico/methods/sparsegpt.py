@@ -17,14 +17,13 @@ from mico.packed.quantized import QuantizedWeight
 def sparsegpt(problem: StreamProblem) -> list[LayerResult]:
     """Compress every Linear of the stream in one sweep. Source: Frantar & Alistarh 2023; GPTQ 2022."""
     factor = factorize(problem.moments.hessian_CC, problem.percdamp)
-    weight_RC = problem.weight_RC.float()
     pivots_C = factor.pivots_C.float()
     grids = [fit_grid(layer, layer.weight_RC.float(), pivots_C) for layer in problem.layers]
-    start_RC = weight_RC
-    if bool(factor.dead_C.any()):
-        start_RC = weight_RC.masked_fill(factor.dead_C, 0)
-    swept = sweep(start_RC, factor, problem.segments, used(grids), problem.blocksize)
-    return collect(problem, weight_RC, swept, grids, factor, problem.moments.gram_CC)
+    dead_C = factor.dead_C if bool(factor.dead_C.any()) else None
+    parts = [layer.weight_RC.float() for layer in problem.layers]
+    start = parts if dead_C is None else [part_RC.masked_fill(dead_C, 0) for part_RC in parts]
+    swept = sweep(start, factor, problem.segments, used(grids), problem.blocksize)
+    return collect(problem, swept, grids, factor, problem.moments.gram_CC)
 
 
 def fit_grid(
@@ -69,30 +68,24 @@ def pack(
 
 
 def collect(
-    problem: StreamProblem,
-    dense_RC: torch.Tensor,
-    swept: Swept,
-    grids: list[Grid | None],
-    factor: Factor,
-    gram_CC: torch.Tensor,
+    problem: StreamProblem, swept: Swept, grids: list[Grid | None], factor: Factor, gram_CC: torch.Tensor
 ) -> list[LayerResult]:
-    """Cut the sweep's result back into Linears, with the error of each under `gram_CC` (of the inputs it sees)."""
-    packed = []
-    for layer, segment, grid in zip(problem.layers, problem.segments, grids, strict=True):
-        rows = segment.rows
-        keep_RC = swept.keep_RC[rows] if swept.keep_RC is not None and (segment.sparsity or segment.pattern) else None
-        codes_RC = swept.codes_RC[rows] if swept.codes_RC is not None else None
-        quantized = pack(layer, swept.weight_RC[rows], codes_RC, keep_RC, grid)
-        if not quantized.quantized:  # rounded to 16 bits
-            swept.weight_RC[rows] = quantized.dequantize()
-        packed.append(quantized)
-    delta_RC = swept.weight_RC.sub_(dense_RC)  # nobody needs the values any more
-    error_R, energy_R = (row_energies(rows_RC, gram_CC) for rows_RC in (delta_RC, dense_RC))
+    """Cut the sweep's result back into Linears, with the error of each under `gram_CC` (of the inputs it sees).
+
+    The values of `swept` are used up: the errors take their place.
+    """
     facts = {"damping": factor.damping, "dead": int(factor.dead_C.sum())}
     fallbacks = (f"damping raised to {factor.damping:g}",) if factor.escalated else ()
     results = []
-    for quantized, segment in zip(packed, problem.segments, strict=True):
-        error, energy = float(error_R[segment.rows].sum()), float(energy_R[segment.rows].sum())
+    for layer, segment, grid in zip(problem.layers, problem.segments, grids, strict=True):
+        value_RC, dense_RC = swept.weight_RC[segment.rows], layer.weight_RC.float()
+        pruned = swept.keep_RC is not None and bool(segment.sparsity or segment.pattern)
+        keep_RC = swept.keep_RC[segment.rows] if pruned and swept.keep_RC is not None else None
+        codes_RC = swept.codes_RC[segment.rows] if swept.codes_RC is not None else None
+        quantized = pack(layer, value_RC, codes_RC, keep_RC, grid)
+        if not quantized.quantized:  # rounded to 16 bits
+            value_RC.copy_(quantized.dequantize())
+        error, energy = (float(row_energies(w_RC, gram_CC).sum()) for w_RC in (value_RC.sub_(dense_RC), dense_RC))
         own = {"error": error / energy if energy > 0 else 0.0}
         results.append(LayerResult(quantized, None, own | facts, fallbacks))
     return results

@@ -19,6 +19,7 @@ from mico.packed.grid import Grid, quantize
 SUB_BLOCK = 32  # eager rank-one updates stay inside it; everything later waits for one GEMM
 DAMPING_STEPS = 6
 INVERSE_BLOCK = 256
+REVERSED_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,22 @@ def factorize(hessian_CC: torch.Tensor, percdamp: float) -> Factor:
         lower_CC, info = torch.linalg.cholesky_ex(damped_CC)
         del damped_CC  # matrices of a wide stream take a gigabyte each
         if int(info) == 0:
-            upper_CC = invert_lower(lower_CC).flip(0, 1)
-            del lower_CC
+            upper_CC = _reversed_in_place(invert_lower(lower_CC))
             if torch.isfinite(upper_CC).all():
                 return Factor(hessian_CC, diagonal_C + damping * mean, upper_CC, dead_C, damping, step)
     raise UserError(f"the Hessian cannot be factored even with damping {damping:g}: more --nsamples are needed")
+
+
+def _reversed_in_place(matrix_CC: torch.Tensor) -> torch.Tensor:
+    """`flip(0, 1)` without a second matrix: the numbers of a dense matrix in reverse order."""
+    count, half = matrix_CC.numel(), matrix_CC.numel() // 2
+    flat = matrix_CC.as_strided((count,), (1,))
+    for start in range(0, half, REVERSED_AT_ONCE):
+        end = min(start + REVERSED_AT_ONCE, half)
+        head = flat[start:end].flip(0)
+        flat[start:end] = flat[count - end : count - start].flip(0)
+        flat[count - end : count - start] = head
+    return matrix_CC
 
 
 def invert_lower(lower_CC: torch.Tensor) -> torch.Tensor:
@@ -155,7 +167,7 @@ class _Levels:
 
 
 def sweep(
-    weight_RC: torch.Tensor,
+    weight_RC: torch.Tensor | Sequence[torch.Tensor],
     factor: Factor,
     segments: Sequence[Segment],
     grids: Sequence[Grid] | None,
@@ -166,13 +178,16 @@ def sweep(
 
     The mask of a column block keeps the largest w² / U_ii² of its current, compensated weights, per Linear;
     n:m keeps the best n of every m columns. A mask given as `keep_RC` is taken as it is instead. Works in the dtype
-    of weight_RC (float64 for exact comparisons).
+    of weight_RC (float64 for exact comparisons), which may be given Linear by Linear; channels that never fired count
+    as 0 where the caller made them so.
     Source: SparseGPT (Frantar & Alistarh 2023), algorithm 1 joint with quantization.
     """
-    dtype = weight_RC.dtype
+    parts = [weight_RC] if isinstance(weight_RC, torch.Tensor) else weight_RC
+    dtype = parts[0].dtype
     upper_CC = factor.upper_CC.to(dtype)
     pivots_C = upper_CC.diagonal().contiguous()
-    work_CR = weight_RC.T.contiguous()
+    work_CR = parts[0].new_empty(parts[0].shape[1], sum(len(part) for part in parts))
+    torch.cat([part.T for part in parts], 1, out=work_CR)
     levels = _Levels(grids, dtype) if grids is not None else None
     selects = keep_RC is None and any(s.sparsity > 0 or s.pattern for s in segments)
     keep_CR = keep_RC.T.contiguous() if keep_RC is not None else None
