@@ -124,6 +124,10 @@ class Preparation:
 
     def together(self, stage: str, finished: int, settings: Compression | None = None) -> AbstractContextManager[None]:
         """The other processes of the team then do their part of a stage from block `finished` on (mico/follow.py)."""
+        if len(self.batches) < self.team.size:
+            self.console.note(
+                f"{len(self.batches)} batches for {self.team.size} processes: some have none, lower --batch-size"
+            )
         chosen = None if settings is None else record(settings)
         task = dict(stage=stage, finished=finished, settings=chosen, identity=digest(self.identity))
         return self.team.asked(dict(source=asdict(self.source)), task)

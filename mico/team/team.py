@@ -74,9 +74,11 @@ class Team:
         """What every process does and why, a line each; none for a team of one."""
         if self.alone:
             return []
-        work = f"reads the model, carries 1/{self.size} of the calibration batches, solves streams by their cost"
+        work = (
+            f"reads the model, carries 1/{self.size} of the calibration batches, owns streams so that all solve alike"
+        )
         lines = [f"process {rank}: {device}, {work}" for rank, device in enumerate(self.devices)]
-        lines[0] += "; also owns the folders, makes groups, allocates bits, evaluates and saves"
+        lines[0] += "; leads: folders, channel groups, bits, evaluation and saving are its alone"
         return lines
 
     # --- coming together and leaving ---
