@@ -74,7 +74,12 @@ class SecondMoments:
     @property
     def hessian_CC(self) -> torch.Tensor:
         """2/n sum x xT: the Hessian of the squared output error, as SparseGPT scales it."""
-        return self.gram_CC * (2.0 / self.count)
+        return self.gram_CC * self.hessian_scale
+
+    @property
+    def hessian_scale(self) -> float:
+        """What makes the Gram matrix the Hessian."""
+        return 2.0 / self.count
 
     @property
     def covariance_CC(self) -> torch.Tensor:

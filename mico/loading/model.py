@@ -14,7 +14,10 @@ from torch import nn
 
 from mico.adapters import auto_class, family_of, family_row
 from mico.adapters.family import Family, linears_of, lookup
-from mico.checkpoint import verify_checkpoint  # its import also registers the plugin of packed checkpoints
+from mico.checkpoint import (
+    check_execution,
+    verify_checkpoint,
+)  # its import also registers the plugin of packed checkpoints
 from mico.errors import UserError
 from mico.loading.names import PROCESSOR_FILES, local_folder, source_of
 from mico.loading.safety import check_folder, check_remote_code, fingerprint, reason, some, tensor_shapes
@@ -119,12 +122,20 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
 def context_length(config: Any, seqlen: int | None = None) -> int:
     """The sequence length to use: `seqlen` if the model can take it, else its maximum, at most 2048."""
-    maximum = getattr(config.get_text_config(), "max_position_embeddings", None) or DEFAULT_SEQLEN
+    maximum = longest_text(config) or DEFAULT_SEQLEN
     if seqlen is None:
         return min(maximum, DEFAULT_SEQLEN)
     if not 2 <= seqlen <= maximum:
         raise UserError(f"--seqlen {seqlen}: must be from 2 to the model's maximum, {maximum}")
     return seqlen
+
+
+def longest_text(config: Any) -> int | None:
+    """The most tokens a model takes at once, None where its config does not tell. Raises UserError for no number."""
+    maximum = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if maximum is not None and (not isinstance(maximum, int) or maximum < 1):
+        raise UserError(f"config.json: max_position_embeddings {maximum!r:.40}: must be a whole number from 1")
+    return maximum
 
 
 def pick_device(device: str) -> torch.device:
@@ -158,6 +169,8 @@ def load_model(
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: choose from auto, {', '.join(DTYPES)}")
+    if packed:
+        check_execution()
     place = pick_device(device)
     config = load_config(name, offline=offline, trust_remote_code=trust_remote_code, packed=packed)
     family, length = family_of(config), context_length(config, seqlen)

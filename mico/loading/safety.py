@@ -70,6 +70,9 @@ def check_remote_code(folder: Path, ships_code: bool = False) -> None:
     for file in ("tokenizer_config.json",) if ships_code else ("config.json", "tokenizer_config.json"):
         content = _read_json(folder / file, "") if (folder / file).exists() else {}
         wanted = content.get("auto_map")
+        if wanted and not isinstance(wanted, dict):
+            kind = type(wanted).__name__
+            raise UserError(f"{folder / file}: 'auto_map' is a {kind}, not an object: fetch the model again")
         if wanted and not (is_packed(content) and all(str(code).startswith(PACKED_CODE) for code in wanted.values())):
             raise UserError(f"{folder / file}: 'auto_map' asks to run the model's own code: pass --trust-remote-code")
 

@@ -24,6 +24,7 @@ from mico.loading.safety import some, weight_map
 from mico.loading.silence import quiet
 from mico.packed.experts import fused_for_loading, per_expert
 
+_MMAP_THRESHOLD, _MAPPED_FROM = -3, 1 << 20  # M_MMAP_THRESHOLD of malloc.h, bytes
 MEMORY_SHARE = 0.8  # of the free memory that a whole model may take; above, its blocks are streamed
 
 
@@ -122,6 +123,12 @@ class BlockStore:
         self.fill(index)
 
 
+def _return_memory_when_freed() -> None:
+    """Keep the C library (glibc) from holding on to freed megabytes, as it does once it has freed larger pieces."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _MAPPED_FROM)
+
+
 def _return_freed_memory() -> None:
     """Give pages that the C library keeps for later back to the system, where it can (glibc)."""
     with suppress(OSError, AttributeError):
@@ -160,6 +167,7 @@ def shell(config: Any, folder: Path, blocks: str, dtype: torch.dtype, device: to
     """A model without weights, and the store that fills it. make: builds the model from the config."""
     from transformers import GenerationConfig
 
+    _return_memory_when_freed()
     with _parameters_on_meta():
         model = make(config, dtype)
     if (folder / "generation_config.json").is_file() and model.can_generate():

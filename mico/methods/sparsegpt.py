@@ -16,7 +16,8 @@ from mico.packed.quantized import QuantizedWeight
 
 def sparsegpt(problem: StreamProblem) -> list[LayerResult]:
     """Compress every Linear of the stream in one sweep. Source: Frantar & Alistarh 2023; GPTQ 2022."""
-    factor = factorize(problem.moments.hessian_CC, problem.percdamp)
+    moments = problem.moments
+    factor = factorize(moments.gram_CC, problem.percdamp, moments.hessian_scale)
     pivots_C = factor.pivots_C.float()
     grids = [fit_grid(layer, layer.weight_RC.float(), pivots_C) for layer in problem.layers]
     dead_C = factor.dead_C if bool(factor.dead_C.any()) else None

@@ -26,11 +26,12 @@ REVERSED_AT_ONCE = 1 << 22
 class Factor:
     """upper_CC: U with inv(H + damping) = Uᵀ U; dead_C: channels that never fired.
 
-    hessian_CC: H; diagonal_C: what takes the place of its diagonal; damping: as a share of the mean diagonal;
+    hessian_CC: H without its scale; diagonal_C: what takes the place of its diagonal; damping: as a share of the mean diagonal;
     escalated: how often it had to be raised.
     """
 
     hessian_CC: torch.Tensor
+    scale: float
     diagonal_C: torch.Tensor
     upper_CC: torch.Tensor
     dead_C: torch.Tensor
@@ -40,7 +41,7 @@ class Factor:
     @property
     def damped_CC(self) -> torch.Tensor:
         """H + damping, in the dtype of the factor; made anew for every call, as only some methods want it."""
-        damped_CC = self.hessian_CC.to(self.upper_CC.dtype, copy=True)
+        damped_CC = self.hessian_CC.to(self.upper_CC.dtype, copy=True).mul_(self.scale)
         damped_CC.diagonal().copy_(self.diagonal_C)
         return damped_CC
 
@@ -50,15 +51,15 @@ class Factor:
         return self.upper_CC.diagonal()
 
 
-def factorize(hessian_CC: torch.Tensor, percdamp: float) -> Factor:
+def factorize(hessian_CC: torch.Tensor, percdamp: float, scale: float = 1.0) -> Factor:
     """Dampen H by percdamp * mean(diag H) and factor its inverse, in float64 (wide H in its own dtype, see meters).
 
     With J the reversal, chol(J H J) = L gives H = A Aᵀ for the upper triangular A = J L J, so U = inv(A): one
     Cholesky and one triangular inverse instead of Cholesky, inverse, Cholesky. A failure multiplies the damping
-    by ten (`escalated` counts). Raises UserError when H is not finite or cannot be factored.
+    by ten (`escalated` counts). scale: H is scale * hessian_CC, which spares the caller a second matrix. Raises UserError when H is not finite or cannot be factored.
     """
     dtype = torch.float64 if len(hessian_CC) <= DOUBLE_LIMIT else hessian_CC.dtype
-    diagonal_C = hessian_CC.diagonal().to(dtype, copy=True)
+    diagonal_C = hessian_CC.diagonal().to(dtype, copy=True) * scale
     if not torch.isfinite(diagonal_C).all():
         raise UserError("the Hessian holds NaN or Inf: the activations overflow, try --dtype float32")
     dead_C = diagonal_C <= 0
@@ -66,14 +67,14 @@ def factorize(hessian_CC: torch.Tensor, percdamp: float) -> Factor:
     mean = float(diagonal_C.mean())
     for step in range(DAMPING_STEPS):
         damping = percdamp * 10.0**step
-        damped_CC = hessian_CC.flip(0, 1).to(dtype)
+        damped_CC = hessian_CC.flip(0, 1).to(dtype).mul_(scale)
         damped_CC.diagonal().copy_(diagonal_C.flip(0) + damping * mean)
         lower_CC, info = torch.linalg.cholesky_ex(damped_CC)
         del damped_CC  # matrices of a wide stream take a gigabyte each
         if int(info) == 0:
             upper_CC = _reversed_in_place(invert_lower(lower_CC))
             if torch.isfinite(upper_CC).all():
-                return Factor(hessian_CC, diagonal_C + damping * mean, upper_CC, dead_C, damping, step)
+                return Factor(hessian_CC, scale, diagonal_C + damping * mean, upper_CC, dead_C, damping, step)
     raise UserError(f"the Hessian cannot be factored even with damping {damping:g}: more --nsamples are needed")
 
 
