@@ -26,8 +26,8 @@ REVERSED_AT_ONCE = 1 << 22
 class Factor:
     """upper_CC: U with inv(H + damping) = Uᵀ U; dead_C: channels that never fired.
 
-    hessian_CC: H without its scale; diagonal_C: what takes the place of its diagonal; damping: as a share of the mean diagonal;
-    escalated: how often it had to be raised.
+    hessian_CC: H without its scale; diagonal_C: what takes the place of its diagonal; damping: as a share of the
+    mean diagonal; escalated: how often it had to be raised.
     """
 
     hessian_CC: torch.Tensor
@@ -56,7 +56,8 @@ def factorize(hessian_CC: torch.Tensor, percdamp: float, scale: float = 1.0) -> 
 
     With J the reversal, chol(J H J) = L gives H = A Aᵀ for the upper triangular A = J L J, so U = inv(A): one
     Cholesky and one triangular inverse instead of Cholesky, inverse, Cholesky. A failure multiplies the damping
-    by ten (`escalated` counts). scale: H is scale * hessian_CC, which spares the caller a second matrix. Raises UserError when H is not finite or cannot be factored.
+    by ten (`escalated` counts). scale: H is scale * hessian_CC, which spares the caller a second matrix.
+    Raises UserError when H is not finite or cannot be factored.
     """
     dtype = torch.float64 if len(hessian_CC) <= DOUBLE_LIMIT else hessian_CC.dtype
     diagonal_C = hessian_CC.diagonal().to(dtype, copy=True) * scale
