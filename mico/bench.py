@@ -21,10 +21,9 @@ from mico.callable import callable_module
 from mico.checkpoint import set_execution
 from mico.console import Console
 from mico.errors import UserError
-from mico.files import atomic_json, read_json
-from mico.loading import load_model, pick_device
-from mico.loading.names import model_in
-from mico.loading.safety import is_packed
+from mico.files import atomic_json
+from mico.loading import load_config, load_model, longest_text, pick_device
+from mico.loading.packed import packed_folder
 from mico.packed.blob import MASK
 from mico.packed.hf import unpacked
 from mico.packed.linear import CROSSOVER, EXECUTIONS, PATIENCE, PackedEmbedding, PackedLinear
@@ -65,8 +64,8 @@ def bench(
     if json is not None:
         check_writable("--json", json)
     pick_device(device)
-    folder = model_in(model)
-    _check(model, folder, prompt_tokens + new_tokens)
+    folder, _ = packed_folder(model)
+    _check_length(folder, prompt_tokens + new_tokens)
     start_bytes = peak_bytes()
     with console.stage("load"):
         packed = load_model(str(folder), device=device, dtype=dtype, packed=True).model
@@ -116,10 +115,8 @@ def _batches(given: str | Sequence[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(word) for word in words))
 
 
-def _check(model: str, folder: Path, length: int) -> None:
-    if not (folder / "config.json").is_file() or not is_packed(config := read_json(folder / "config.json")):
-        raise UserError(f"{model}: no checkpoint packed by mico: give a run folder of mico compress, or its model/")
-    longest = config.get("max_position_embeddings") or length
+def _check_length(folder: Path, length: int) -> None:
+    longest = longest_text(load_config(str(folder), packed=True)) or length
     if length > longest:
         raise UserError(f"--prompt-tokens and --new-tokens: {length} tokens together, the model takes {longest}")
 
@@ -130,7 +127,7 @@ def _check(model: str, folder: Path, length: int) -> None:
 def random_ids(model: Any, batch: int, tokens: int) -> torch.Tensor:
     """(B, P) random tokens on the model's device, the same ones every time."""
     make = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.vocab_size, (batch, tokens), generator=make).to(model.device)
+    return torch.randint(model.config.get_text_config().vocab_size, (batch, tokens), generator=make).to(model.device)
 
 
 @torch.no_grad()
@@ -201,9 +198,10 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class WeightMemory:
-    """Bytes of a model's weights. bytes: what computes (kernels' layouts, dense weights, embeddings), and packed
-    weights that lie in memory of the process; read_bytes: of them, what every step of decoding reads; file_bytes:
-    packed weights that are pages of the checkpoint's file, which the system drops when it needs the memory."""
+    """Bytes of a model's weights. bytes: what computes (kernels' layouts, dense weights, embeddings), packed weights
+    that lie in memory of the process or are read by every call, and the largest dense weight made for one call alone;
+    read_bytes: of them, what every step of decoding reads; file_bytes: packed weights that are pages of the
+    checkpoint's file and read no more, which the system drops when it needs the memory."""
 
     bytes: int
     read_bytes: int
@@ -215,6 +213,10 @@ def weight_memory(model: nn.Module) -> WeightMemory:
     computing = read = in_file = 0
     seen: set[int] = set()
     files = _mapped_files()
+    unpacking = [module for module in model.modules() if isinstance(module, PackedLinear) and module.temporary_bytes]
+    reread = {module.weight.data_ptr() for module in unpacking}  # blobs that every call turns into dense weights
+    read += sum(module.temporary_bytes + module.weight.nbytes for module in unpacking)
+    computing += max((module.temporary_bytes for module in unpacking), default=0)  # one at a time
     for module in model.modules():
         held = module.resident_bytes if isinstance(module, (PackedLinear, PackedEmbedding)) else 0
         computing, read = computing + held, read + held
@@ -227,7 +229,8 @@ def weight_memory(model: nn.Module) -> WeightMemory:
             read += 0 if table or blob else tensor.nbytes  # a tied head reads the embedding's table whole
             if again:
                 continue
-            if (blob or isinstance(module, PackedEmbedding)) and _in_file(tensor, files):
+            is_packed = blob or isinstance(module, PackedEmbedding)
+            if is_packed and tensor.data_ptr() not in reread and _in_file(tensor, files):
                 in_file += tensor.nbytes
             else:
                 computing += tensor.nbytes
@@ -311,9 +314,12 @@ def _rate(spread: Mapping[str, float]) -> str:
     return f"{median} ({low}-{high})"
 
 
+_HOW = {"not called": "not called", "unpacked": "unpacked for each call"}
+
+
 def _lines(report: Mapping[str, Any]) -> Iterable[str]:
     for found in report["batches"]:
-        paths = ", ".join(f"{count} by {kind}" for kind, count in sorted(found["paths"].items()))
+        paths = ", ".join(f"{count} {_HOW.get(kind, f'by {kind}')}" for kind, count in sorted(found["paths"].items()))
         yield f"batch {found['batch_size']}: packed Linears after decoding: {paths}"
     linears, deviation, peak = report["linears"], report["deviation"], report["peak_bytes"]
     if linears["not_packed"]:

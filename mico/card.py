@@ -34,8 +34,8 @@ def model_card(report: dict[str, Any]) -> str:
         "",
         f"# {name}",
         "",
-        f"{report['model']} compressed by mico {report['environment']['mico']}: {size['true_bits']:.3f} bits a weight "
-        f"in the compressed Linears, everything counted; {size_text(size['bytes'])} of weights on disk against "
+        f"{base_model(report['model'])} compressed by mico {report['environment']['mico']}: "
+        f"{size['true_bits']:.3f} bits a weight in the compressed Linears, everything counted; {size_text(size['bytes'])} of weights on disk against "
         f"{size_text(size['dense_bytes'])} at 16 bits.",
         "",
         "| text | dense | compressed | ratio |",
@@ -53,14 +53,21 @@ def model_card(report: dict[str, Any]) -> str:
     lines += [
         "## Made from",
         "",
-        f"- model: {report['model']} ({architecture_text(report['architecture'])})",
+        f"- model: {base_model(report['model'])} ({architecture_text(report['architecture'])})",
         f"- settings: {settings_text(settings)}",
         f"- calibration: {report['calibration']}, seed {report['identity']['seed']}",
         f"- sparsity of the compressed Linears: {size['sparsity']:.3f}; bits a kept code: {size['nominal_bits']:.3f}",
-        f"- command: `{command_text(report['command'])}`",
+        f"- command: `{command_text([short_path(word) for word in report['command']])}`",
         f"- environment: {settings_text(report['environment'])}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def short_path(word: str) -> str:
+    """A word of a command, without the folders of the machine it was given on; of `--option=path` the path."""
+    option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    local = value.startswith(("/", ".", "~")) or value.count("/") > 1 or ("/" in value and Path(value).exists())
+    return f"{option}{equals}{Path(value).name or value}" if local and "/" in value else word
 
 
 def base_model(name: str) -> str:

@@ -36,7 +36,7 @@ from mico.packed.hf import (
     shipped_source,
     tie_head,
 )
-from mico.packed.linear import EXECUTIONS, PackedEmbedding, PackedLinear
+from mico.packed.linear import EXECUTIONS, PackedEmbedding, PackedLinear, default_execution
 from mico.packed.quantized import QuantizedWeight, is_equal_runs
 from mico.settings import choose
 
@@ -229,13 +229,23 @@ def _auto_map(model: Any, family: Family) -> dict[str, str] | None:
 
 def set_execution(model: nn.Module, execution: str | None) -> None:
     """Choose how packed modules compute; None leaves what they were made with. Raises UserError when unknown."""
+    check_execution(execution)
     if execution is None:
         return
-    choose("execution", execution, EXECUTIONS)
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.execution = execution
             module.forget()
+
+
+def check_execution(execution: str | None = None) -> None:
+    """Raise UserError when this way to compute, or the one that the environment asks for, is not known."""
+    if execution is not None:
+        choose("execution", execution, EXECUTIONS)
+    try:
+        default_execution()
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -249,9 +259,15 @@ def verify_checkpoint(folder: Path) -> None:
     """Compare the weight files with the manifest, when there is one. Raises UserError naming the file that differs."""
     if not (folder / MANIFEST).is_file():
         return
-    for name, entry in read_json(folder / MANIFEST).get("files", {}).items():
+    remedy = "restore it or compress again"
+    files = read_json(folder / MANIFEST, remedy).get("files", {})
+    if not isinstance(files, dict):
+        raise UserError(f"{folder / MANIFEST}: 'files' is a {type(files).__name__}, not an object: {remedy}")
+    for name, entry in files.items():
         file = folder / name
+        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+            raise UserError(f"{folder / MANIFEST}: 'files': {name!r:.80} is without bytes and sha256: {remedy}")
         if not file.is_file():
-            raise UserError(f"{file} does not exist, {MANIFEST} lists it: restore it or compress again")
+            raise UserError(f"{file} does not exist, {MANIFEST} lists it: {remedy}")
         if file.stat().st_size != entry["bytes"] or sha256_file(file) != entry["sha256"]:
-            raise UserError(f"{file} is damaged: its sha256 is not that of {MANIFEST}: restore it or compress again")
+            raise UserError(f"{file} is damaged: its sha256 is not that of {MANIFEST}: {remedy}")

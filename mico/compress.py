@@ -21,11 +21,12 @@ import mico.stages as stages
 from mico.adapters import auto_class
 from mico.callable import callable_module
 from mico.card import model_card
-from mico.checkpoint import save_packed, set_execution, write_manifest
+from mico.checkpoint import check_execution, save_packed, set_execution, write_manifest
 from mico.console import Console
 from mico.data import Windows
 from mico.ends import put_ends, quantize_ends
 from mico.errors import ContractError, UserError
+from mico.exports.targets import check_profile
 from mico.files import atomic_write, read_json
 from mico.follow import follow
 from mico.loading import LoadedModel, copy_processor, describe, quiet, stream_widths
@@ -155,7 +156,10 @@ def _arguments(preparation: Preparation, settings: Compression, sets: dict[str, 
 
 def check_shapes(preparation: Preparation, settings: Compression) -> None:
     """Refuse, before the weights are read, what the shapes of this model cannot take."""
+    check_execution()
     config = preparation.config.get_text_config()
+    if settings.profile:
+        check_profile(settings.profile, preparation.config, preparation.family)
     widths = sorted(set(stream_widths(preparation.config, preparation.source.trust_remote_code).values()))
     if settings.pattern and any(width % settings.pattern[1] for width in widths):
         n, m = settings.pattern

@@ -12,7 +12,9 @@ from typing import Any
 from mico.callable import callable_module
 from mico.console import Console
 from mico.errors import UserError
+from mico.exports.folder import model_dtype
 from mico.exports.source import Exported, PackedSource, read_packed
+from mico.exports.targets import check_target
 from mico.files import TEMPORARY, atomic_json, make_durable, sync_folder, writing
 from mico.loading import DTYPES
 from mico.settings import EXPORTS, choose
@@ -48,18 +50,15 @@ def export(
     out = _output_folder(model, to, save)
     with console.stage("read"):
         source = read_packed(model)
-    if to != "dense" and source.family.vision:
-        raise UserError(
-            f"--to {to}: {source.family.name} models see images, which the export does not hold: --to dense"
-        )
-    if to != "dense" and any(stream.expert is not None for stream in source.family.streams):
-        raise UserError(f"--to {to}: no form for the experts of {source.family.name} yet: use --to dense")
+    check_target(to, source.config, source.family)
     staging = out.parent / f"{TEMPORARY}{secrets.token_hex(4)}-{out.name}"
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
     try:
-        exported = _exporter(to, dtype)(source, staging, console)
+        _check_disk(source, out, to, dtype)
+        with writing(out, full_alone=True):
+            exported = _exporter(to, dtype)(source, staging, console)
         _publish(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -70,12 +69,28 @@ def export(
 
 
 def _output_folder(model: str, to: str, save: str | None) -> Path:
-    given = Path(model).expanduser()
+    given = _absolute(model)  # '.' and '..' have no name to go by
     run = given.parent if given.name == "model" else given
-    out = Path(save).expanduser() if save else run.parent / f"{run.name}-{to}"
+    out = _absolute(save) if save else run.parent / f"{run.name}-{to}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--save {out}: is there already: delete it or choose another")
     return out
+
+
+def _absolute(path: str) -> Path:
+    return Path(os.path.abspath(Path(path).expanduser()))
+
+
+def _check_disk(source: PackedSource, out: Path, to: str, dtype: str) -> None:
+    """Refuse what is sure not to fit: a dense export, and codes in less space than they take here."""
+    needed = sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
+    if to == "dense":
+        needed = source.numbers() * (DTYPES.get(dtype) or model_dtype(source)).itemsize
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise UserError(
+            f"{out} cannot be written: {size_text(free)} free, {size_text(needed)} needed: free some or choose --save"
+        )
 
 
 def _exporter(to: str, dtype: str) -> Callable[[PackedSource, Path, Console], Exported]:

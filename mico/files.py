@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from mico.errors import UserError
 
 TEMPORARY = ".tmp-"
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+_FULL_TEXT = re.compile(rf"\(os error ({'|'.join(map(str, _FULL))})\)|\d+ requested and \d+ written")  # Rust, numpy
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)  # some network file systems cannot flush a folder
 
 
@@ -31,13 +33,20 @@ _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)  # some network file systems can
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failure of the file system below into one line that names `path` and the remedy (UserError)."""
+def writing(path: Path, full_alone: bool = False) -> Iterator[None]:
+    """Turn a failure of the file system below into one line that names `path` and the remedy (UserError).
+
+    full_alone: only what a full disk causes, for work below that may fail for other reasons too.
+    """
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own type
-        reason = getattr(error, "strerror", None) or str(error)
-        full = getattr(error, "errno", None) in _FULL or any(f"os error {code}" in reason for code in _FULL)
+    except UserError:
+        raise
+    except Exception as error:  # safetensors and tokenizers report a full disk as types of their own
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        full = getattr(error, "errno", None) in _FULL or bool(_FULL_TEXT.search(reason))
+        if not full and (full_alone or not isinstance(error, (OSError, SafetensorError))):
+            raise
         remedy = (
             "free disk space or raise the file size limit, then run the same command again (finished work is kept)"
             if full
@@ -85,16 +94,14 @@ def atomic_json(path: str | Path, obj: Any) -> None:
     atomic_write(path, (json.dumps(obj, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises UserError naming the file when it is not one."""
+def read_json(path: Path, remedy: str = "delete it, or its folder, and run again") -> dict[str, Any]:
+    """Read a JSON object. Raises UserError naming the file and the remedy when it is not one."""
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise UserError(f"{path} cannot be read ({error}): delete it, or its folder, and run again") from error
+    except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise UserError(f"{path} cannot be read ({error}): {remedy}") from error
     if not isinstance(value, dict):
-        raise UserError(
-            f"{path} holds a {type(value).__name__}, not an object: delete it, or its folder, and run again"
-        )
+        raise UserError(f"{path} holds a {type(value).__name__}, not an object: {remedy}")
     return value
 
 

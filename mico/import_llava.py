@@ -165,7 +165,7 @@ def _vision_config(where: Path, original: dict[str, Any], tower: Path | None) ->
         if str(original["mm_vision_tower"]).rstrip("/").endswith(CLIP.split("/")[1]):
             return LlavaConfig().vision_config
         raise UserError(f"{where}: mm_vision_tower {original['mm_vision_tower']!r}: give its folder as --vision-tower")
-    found = read_json(tower / "config.json")
+    found = read_json(tower / "config.json", "fetch the model again")
     found = found.get("vision_config") or found
     if found.get("model_type", "clip_vision_model") not in ("clip", "clip_vision_model"):
         raise UserError(f"--vision-tower {tower}: model_type {found['model_type']!r}: a CLIP model is expected")

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from mico.adapters import family_of
 from mico.callable import callable_module
 from mico.console import Console
 from mico.errors import UserError
+from mico.exports.targets import check_profile
 from mico.files import atomic_json
 from mico.forecast.fit import Forecast, Room, check_disk, check_memory, forecast, streams
 from mico.forecast.machine import measure
@@ -88,6 +90,8 @@ def plan(
     place = pick_device(device)
     hub = dict(offline=offline, trust_remote_code=trust_remote_code)
     config = load_config(model, **hub)
+    if settings.profile:
+        check_profile(settings.profile, config, family_of(config))
     length = context_length(config.get_text_config(), seqlen)
     shape = outline(config, stored_tensors(model, **hub), f"model {model}")
     folder = Path(save) if save else results_root()

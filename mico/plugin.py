@@ -67,17 +67,11 @@ def load(folder: str | Path, *, execution: str | None = None, **options: Any) ->
     dtype=torch.bfloat16, device_map="auto". Raises UserError when the folder holds no packed model or is damaged.
     """
     from mico.adapters import auto_class
-    from mico.checkpoint import set_execution, verify_checkpoint
-    from mico.errors import UserError
-    from mico.files import read_json
-    from mico.loading.names import model_in
-    from mico.loading.safety import is_packed
+    from mico.checkpoint import check_execution, set_execution
+    from mico.loading.packed import checked_packed_folder
 
-    found = model_in(folder)
-    if not (found / "config.json").is_file() or not is_packed(read_json(found / "config.json")):
-        raise UserError(f"{folder}: no checkpoint packed by mico: give a run folder of mico compress, or its model/")
-    verify_checkpoint(found)
-    model_type = read_json(found / "config.json").get("model_type")
-    model = auto_class(model_type).from_pretrained(found, **options)
+    check_execution(execution)
+    found, config = checked_packed_folder(folder)
+    model = auto_class(config.get("model_type")).from_pretrained(found, **options)
     set_execution(model, execution)
     return model.eval()

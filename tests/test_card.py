@@ -58,6 +58,14 @@ def test_nothing_tells_of_the_folders_of_this_machine_in_its_head(space: Workspa
     assert f'from_pretrained("{name}")' in model_card(report)
 
 
+def test_the_command_is_told_without_the_folders_of_this_machine(space: Workspace, report: dict[str, Any]) -> None:
+    words = ["compress", str(space.model), f"--save={space.root}/out/run", "--calib", "c4", "../texts/", "org/name"]
+    report |= dict(command=["/usr/bin/mico", *words])
+    card = model_card(report)
+    assert f"command: `mico compress {space.model.name} --save=run --calib c4 texts org/name`" in card
+    assert str(space.root) not in card
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -11,12 +11,10 @@ import torch
 
 from mico.adapters import auto_class, family_of
 from mico.adapters.family import Family
-from mico.checkpoint import verify_checkpoint
 from mico.errors import UserError
-from mico.files import read_json
 from mico.loading import load_config, load_tokenizer, quiet
-from mico.loading.names import model_in
-from mico.loading.safety import is_packed, reason
+from mico.loading.packed import checked_packed_folder
+from mico.loading.safety import reason
 from mico.packed.hf import unpacked
 from mico.packed.linear import PackedEmbedding, PackedLinear
 from mico.packed.quantized import QuantizedWeight
@@ -52,6 +50,9 @@ class _Weights(Mapping[str, QuantizedWeight]):
     def __len__(self) -> int:
         return len(self._modules)
 
+    def numbers(self) -> int:
+        return sum(module.out_features * module.in_features for module in self._modules.values())
+
 
 @dataclass(frozen=True)
 class PackedSource:
@@ -68,6 +69,11 @@ class PackedSource:
     weights: Mapping[str, QuantizedWeight]
     others: Mapping[str, torch.Tensor]
 
+    def numbers(self) -> int:
+        """How many numbers a dense copy holds."""
+        packed = self.weights.numbers() if isinstance(self.weights, _Weights) else 0
+        return packed + sum(tensor.numel() for tensor in self.others.values())
+
     def dense_state(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         """Dense tensors by their original keys; dtype None: packed ones in float32, the others as stored."""
         state = {f"{name}.weight": self.weights[name].dequantize(dtype or torch.float32) for name in self.weights}
@@ -76,7 +82,7 @@ class PackedSource:
     def dense_model(self, dtype: torch.dtype) -> Any:
         """The dense model with these values, in eval mode."""
         with quiet():
-            model = _load(self.folder, dtype)
+            model = _load(self.folder, self.config.model_type, dtype)
         return unpacked(model, dtype).to(dtype).eval()
 
 
@@ -85,15 +91,12 @@ def read_packed(name: str | Path) -> PackedSource:
 
     Raises UserError when there is none, or it is damaged.
     """
-    folder = model_in(name)
-    if not (folder / "config.json").is_file() or not is_packed(read_json(folder / "config.json")):
-        raise UserError(f"{name}: no checkpoint packed by mico: give a run folder of mico compress, or its model/")
-    verify_checkpoint(folder)
+    folder, _ = checked_packed_folder(name)
     config = load_config(str(folder), packed=True)
     tokenizer = load_tokenizer(str(folder), packed=True)
     try:
         with quiet():
-            model = _load(folder, "auto")
+            model = _load(folder, config.model_type, "auto")
     except Exception as error:  # what a damaged checkpoint says can fail in any way
         raise UserError(f"{folder}: the weights cannot be loaded: {reason(error)}") from error
     modules = {
@@ -110,6 +113,5 @@ def read_packed(name: str | Path) -> PackedSource:
     return PackedSource(folder, config, tokenizer, family_of(config), _Weights(modules), others)
 
 
-def _load(folder: Path, dtype: Any) -> Any:
-    model_type = read_json(folder / "config.json").get("model_type")
+def _load(folder: Path, model_type: str, dtype: Any) -> Any:
     return auto_class(model_type).from_pretrained(folder, dtype=dtype, local_files_only=True)

@@ -324,9 +324,12 @@ def _kernel_scales(quantized: QuantizedWeight, layout: _Layout, run: int) -> tor
 
 
 def _row_factors(quantized: QuantizedWeight) -> torch.Tensor:
-    """Float32 factors of the rows: their scale, or the largest where groups have their own."""
+    """Float32 factors of the rows: their scale, or the largest where groups have their own (1 where all are 0)."""
     scale_RG = quantized.row_scale_RG.float()
-    return scale_RG[:, 0] if scale_RG.shape[1] == 1 else scale_RG.abs().amax(1)
+    if scale_RG.shape[1] == 1:
+        return scale_RG[:, 0]
+    largest_R = scale_RG.abs().amax(1)
+    return largest_R.masked_fill(largest_R == 0, 1.0)  # scales are divided by it
 
 
 def _up(count: int, multiple: int) -> int:

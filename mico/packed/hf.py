@@ -252,6 +252,25 @@ class PackedModel:
             (Path(save_directory) / SHIPPED).write_text(shipped_source(), encoding="utf-8")
         return result
 
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """As the class below; labels that Linears share come from the new blobs."""
+        result = super().load_state_dict(*args, **options)  # type: ignore[misc]
+        share_labels(self, self.hf_quantizer.quantization_config)  # type: ignore[attr-defined]
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, (PackedLinear, PackedEmbedding)):
+                module.forget()
+        return result
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **options: Any) -> Any:
+        """As the class below. Raises ValueError where the embeddings or the head are packed."""
+        ends = (self.get_input_embeddings(), self.get_output_embeddings())  # type: ignore[attr-defined]
+        if new_num_tokens is not None and any(isinstance(end, (PackedEmbedding, PackedLinear)) for end in ends):
+            raise ValueError(
+                f"resize_token_embeddings({new_num_tokens}): the token embeddings of this model are packed and keep "
+                "their size: resize the dense model and compress it again"
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **options)  # type: ignore[misc]
+
 
 def shipped_source() -> str:
     """The text of modeling_mico.py: this file where it is that already, else the join of mico's own files."""

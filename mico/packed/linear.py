@@ -50,6 +50,7 @@ class _Packed(nn.Module):
         self.register_buffer("weight", torch.empty(size, dtype=torch.uint8, device=device), persistent=persistent)
         self.register_buffer("label_C", None, persistent=False)  # given by the stream's first Linear where borrowed
         self._dense: torch.Tensor | None = None
+        self._dense_key: tuple[Any, ...] | None = None
 
     def quantized(self) -> QuantizedWeight:
         """The weight that the blob holds. Raises ValueError when it is damaged."""
@@ -69,15 +70,26 @@ class _Packed(nn.Module):
 
     def forget(self) -> None:
         """Give up what was made from the blob; it is made again when needed."""
-        self._dense = None
+        self._dense = self._dense_key = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.forget()  # the blob moves, or the activations change their dtype
         return super()._apply(fn, recurse)
 
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*args, **options)
+        self.forget()  # another blob in the same memory
+
+    def _key(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+        """What a form made from the blob depends on: the blob's memory, and how often it was written to."""
+        version = 0 if self.weight.is_inference() else self.weight._version
+        return device, dtype, self.weight.data_ptr(), version
+
     def _kept_dense(self, dtype: torch.dtype) -> torch.Tensor:
-        if self._dense is None or self._dense.dtype != dtype or self._dense.device != self.weight.device:
-            self._dense = self.dense(dtype)
+        key = self._key(self.weight.device, dtype)
+        if self._dense is None or self._dense_key != key:
+            with torch.inference_mode(False), torch.no_grad():  # later calls may want gradients
+                self._dense, self._dense_key = self.dense(dtype), key
         return self._dense
 
     @property
@@ -103,6 +115,8 @@ class PackedLinear(_Packed):
     execution: 'auto' as described above, 'packed' never keeps a dense weight where there is a kernel, 'dense' always
     does: bit-equal to the dense model in every dtype; 'lean' makes the same dense weight for every call anew.
     calls: how often each of 'kernel', 'dense' (kept) and 'unpacked' (made for one call) has served.
+    temporary_bytes: of the dense weight that was made for the last call alone. No kernel has gradients: what needs
+    them for its input is served by the dense weight.
     """
 
     def __init__(
@@ -119,18 +133,25 @@ class PackedLinear(_Packed):
         self._many = 0  # recent calls of many rows less those of few, between 0 and PATIENCE
         self._keeps_dense = False
         self.calls = dict.fromkeys(PATHS, 0)
+        self.temporary_bytes = 0
 
     def forget(self) -> None:
         super().forget()
+        self.temporary_bytes = 0
         self._kernel, self._kernel_key, self._many, self._keeps_dense = None, None, 0, False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., C) -> (..., R)."""
         path = self._path(x)
         self.calls[path] += 1
+        self.temporary_bytes = 0
         if path == "kernel":
             return self._kernel(x.reshape(-1, self.in_features), self.bias).view(*x.shape[:-1], self.out_features)
-        weight_RC = self._kept_dense(x.dtype) if path == "dense" else self.dense(x.dtype)
+        if path == "dense":
+            weight_RC = self._kept_dense(x.dtype)
+        else:
+            weight_RC = self.dense(x.dtype)
+            self.temporary_bytes = weight_RC.nbytes
         return functional.linear(x, weight_RC, None if self.bias is None else self.bias.to(x.dtype))
 
     def _path(self, x: torch.Tensor) -> str:
@@ -139,6 +160,8 @@ class PackedLinear(_Packed):
         if self.execution == "lean":
             return "unpacked"
         if self.execution == "dense" or not rows or x.shape[-1] != self.in_features or not has_kernel(x):
+            return "dense"
+        if x.requires_grad and torch.is_grad_enabled():
             return "dense"
         few = rows <= CROSSOVER[x.device.type]
         self._many = max(0, self._many - 1) if few else min(PATIENCE, self._many + 1)
@@ -156,17 +179,20 @@ class PackedLinear(_Packed):
         return "kernel"
 
     def _kernel_for(self, x: torch.Tensor) -> Any:
-        key = (x.device, x.dtype, self.weight.data_ptr())
+        key = self._key(x.device, x.dtype)
         if self._kernel_key != key:
-            self._kernel, self._kernel_key = prepare(self, x.device, x.dtype), key
+            with torch.inference_mode(False), torch.no_grad():
+                self._kernel, self._kernel_key = prepare(self, x.device, x.dtype), key
         return self._kernel
 
     @property
     def kind(self) -> str:
-        """What computes now: the kernel's own name for it, 'dense', or 'nothing' before the first call."""
+        """What computes now: the kernel's own name for it, 'dense', 'unpacked' for each call, or 'not called' yet."""
+        if self.temporary_bytes:
+            return "unpacked"
         if self._kernel is not None:
             return getattr(self._kernel, "kind", "kernel")
-        return "nothing" if self._dense is None else "dense"
+        return "not called" if self._dense is None else "dense"
 
     @property
     def resident_bytes(self) -> int:
@@ -197,7 +223,14 @@ class PackedEmbedding(_Packed):
         self.out_features, self.in_features = num_embeddings, embedding_dim  # as a matrix: a row a token
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids (...) -> (..., C) in the model's dtype."""
+        """ids (...) -> (..., C) in the model's dtype. Raises IndexError for an id without a row, as nn.Embedding does;
+        on a GPU the device does, where asking would make it wait."""
+        if ids.device.type != "cpu":
+            ids = ids.where(ids >= 0, self.num_embeddings)  # a negative id would count from the end
+        elif ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_embeddings:
+            raise IndexError(
+                f"token ids from {int(ids.min())} to {int(ids.max())}: 0 to {self.num_embeddings - 1} exist"
+            )
         return decode_rows(self.weight, ids.reshape(-1)).dequantize(self.dtype).view(*ids.shape, self.embedding_dim)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -143,3 +143,12 @@ def test_values_of_16_bits_have_no_kernel():
     values_RC = torch.randn(16, 64).bfloat16()
     empty = torch.zeros(0, 1, dtype=torch.float16)
     assert prepare_cpu(QuantizedWeight(values_RC, empty, None, None, (16,), torch.zeros(64, dtype=torch.long))) is None
+
+
+def test_a_row_whose_scales_are_all_0():
+    quantized = weight(32, 64, (4, 4), "zeros")
+    quantized.row_scale_RG[3] = 0
+    kernel = prepare_cpu(quantized)
+    assert kernel is not None
+    found_BR = kernel(torch.randn(2, 64, generator=torch.Generator().manual_seed(1)).bfloat16(), None)
+    assert torch.isfinite(found_BR).all() and (found_BR[:, 3] == 0).all() and (found_BR[:, 4] != 0).all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from mico.loading import quiet
+from mico.packed.blob import encode
 from mico.packed.hf import SHIPPED, MicoConfig, MicoQuantizer
 from mico.packed.linear import PackedEmbedding, PackedLinear
 from tests.packed.making import KINDS, Pair, logits, pair
@@ -338,3 +340,32 @@ def test_leaders() -> None:
     assert config.leader("layers.11.mlp.up_proj") == "layers.11.mlp.gate_proj"
     assert config.leader("lm_head") == "lm_head"
     assert MicoConfig(**config.to_dict()).to_dict() == config.to_dict()
+
+
+def test_another_state_brings_its_channel_labels(made) -> None:
+    both, folder = made["llama-untied"]
+    model, dense, state = load(folder), copy.deepcopy(both.dense), {}
+    logits(model)
+    order = torch.randperm(both.dense.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    for place, path in enumerate(("q_proj", "k_proj", "v_proj")):
+        name = f"model.layers.0.self_attn.{path}"
+        old = both.weights[name]
+        assert old.keep_RC is not None and not torch.equal(old.label_C[order], old.label_C)
+        new = replace(
+            old, label_C=old.label_C[order], codes_RC=old.codes_RC[:, order], keep_RC=old.keep_RC[:, order]
+        )  # fmt: skip
+        state[f"{name}.weight"] = encode(new, borrow_labels=place > 0)
+        dense.get_submodule(name).weight.data = new.dequantize()
+    model.load_state_dict(model.state_dict() | state)
+    assert torch.equal(logits(model), logits(dense)) and not torch.equal(logits(dense), logits(both.dense))
+
+
+def test_packed_embeddings_keep_their_size(made) -> None:
+    for name in ("llama-tied-8", "opt-untied-8"):
+        model = load(made[name][1])
+        with pytest.raises(ValueError, match=r"resize_token_embeddings\(9\): .* are packed .* compress it again"):
+            model.resize_token_embeddings(9)
+        assert model.resize_token_embeddings() is model.get_input_embeddings()
+    model = load(made["llama-untied"][1])
+    rows = model.config.vocab_size + 3
+    assert model.resize_token_embeddings(rows).num_embeddings == rows and logits(model).shape[-1] == rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -131,10 +132,10 @@ def test_weights_without_a_kernel_stay_dense():
 def test_another_dtype_drops_what_was_made():
     module, _ = packed()
     module(activations(1))
-    assert module.resident_bytes > 0 and module.kind != "nothing"
+    assert module.resident_bytes > 0 and module.kind != "not called"
     blob = module.weight.clone()
     module.to(torch.float16)
-    assert module.resident_bytes == 0 and module.kind == "nothing" and torch.equal(module.weight, blob)
+    assert module.resident_bytes == 0 and module.kind == "not called" and torch.equal(module.weight, blob)
     module(activations(1, torch.float16))
     assert module.kind == "dense"
 
@@ -162,6 +163,47 @@ def test_another_blob_makes_another_kernel():
     assert not torch.equal(module(activations(2)), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_another_state_dict_makes_another_form(dtype):
+    module, _ = packed("grouped")
+    x = activations(2, dtype)
+    before = module(x)
+    other, quantized = packed("grouped")
+    other.weight = encode(replace(quantized, row_scale_RG=quantized.row_scale_RG * 2))
+    for change in (module.load_state_dict, lambda state: module.weight.copy_(state["weight"])):
+        module.weight.copy_(packed("grouped")[0].weight)
+        assert torch.equal(module(x), before) and module.resident_bytes > 0
+        change(other.state_dict())
+        assert torch.equal(module(x), other(x)) and not torch.equal(module(x), before)
+
+
+@pytest.mark.parametrize("execution", ["auto", "packed", "dense", "lean"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_after_a_first_call_under_inference_mode(dtype, execution):
+    module, quantized = packed(execution=execution)
+    x = activations(2, dtype)
+    with torch.inference_mode():
+        module(x)
+    x.requires_grad_()
+    module(x).sum().backward()
+    ones = torch.ones(2, ROWS, dtype=dtype)
+    assert torch.equal(x.grad, ones @ quantized.dequantize(dtype))
+    with torch.no_grad():
+        assert last(module, 2) == ("kernel" if execution in ("auto", "packed") else dict(lean="unpacked").get(
+            execution, "dense"
+        ))  # fmt: skip
+
+
+def test_a_dense_weight_for_one_call_is_told():
+    module, _ = packed(execution="lean")
+    assert module.kind == "not called" and module.temporary_bytes == 0
+    module(activations(1))
+    assert module.kind == "unpacked" and module.temporary_bytes == 2 * ROWS * CHANNELS and module.resident_bytes == 0
+    module.execution = "auto"
+    module(activations(1))
+    assert module.kind in ("bytes", "4-bit digits") and module.temporary_bytes == 0
+
+
 def test_execution_from_the_environment(monkeypatch):
     monkeypatch.setenv("MICO_EXECUTION", "packed")
     assert default_execution() == "packed" and packed()[0].execution == "auto"  # chosen over it
@@ -184,3 +226,14 @@ def test_embedding_rows_equal_the_dense_table(bits, dtype):
     module.to(dtype)
     assert module.dtype == dtype and torch.equal(module(ids), functional.embedding(ids, table.dequantize(dtype)))
     assert torch.equal(module.weight, blob) and module(ids[:0]).shape == (0, 3, 64)
+
+
+@pytest.mark.parametrize("ids", [[-1], [50], [0, 51], [[3], [-4]]])
+def test_embedding_ids_without_a_row(ids):
+    blob = encode(quantize_table(torch.randn(50, 64), 8))
+    module = PackedEmbedding(50, 64, len(blob), torch.float32)
+    module.weight = blob
+    with pytest.raises(IndexError, match=r"token ids from .*: 0 to 49 exist"):
+        module(torch.tensor(ids))
+    with pytest.raises(IndexError):
+        functional.embedding(torch.tensor(ids), torch.zeros(50, 64))
