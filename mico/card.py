@@ -35,7 +35,8 @@ def model_card(report: dict[str, Any]) -> str:
         f"# {name}",
         "",
         f"{base_model(report['model'])} compressed by mico {report['environment']['mico']}: "
-        f"{size['true_bits']:.3f} bits a weight in the compressed Linears, everything counted; {size_text(size['bytes'])} of weights on disk against "
+        f"{size['true_bits']:.3f} bits a weight in the compressed Linears, everything counted; "
+        f"{size_text(size['bytes'])} of weights on disk against "
         f"{size_text(size['dense_bytes'])} at 16 bits.",
         "",
         "| text | dense | compressed | ratio |",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from mico.console import Console
 from mico.errors import UserError
 from mico.packed.hf import unpacked
 from mico.packed.linear import PATIENCE, PackedEmbedding, PackedLinear
-from tests.packed.making import Pair, pair
+from tests.adapters.llava_models import TEXT, tiny_llava
+from tests.packed.making import Pair, pair, pair_of
 
 QUICK: dict[str, Any] = dict(prompt_tokens=4, new_tokens=2, repeats=2)
 
@@ -185,3 +187,45 @@ def test_executions_are_set_for_the_whole_model(folder: Path) -> None:
     for _ in range(PATIENCE + 1):
         generate(loaded, random_ids(loaded, 1, 20), 0)
     assert {module.kind for module in linears(loaded)} <= {"bytes", "4-bit digits"}
+
+
+# --- execution lean, experts, models that see -----------------------------------------------------------------------
+
+
+def test_lean_execution_reads_the_blobs_and_makes_dense_weights(made: Pair, folder: Path) -> None:
+    report = mico.bench(str(folder), execution="lean", **QUICK)
+    found = report["batches"][0]
+    assert found["paths"] == {"unpacked": 14} and "14 unpacked for each call" in "\n".join(section(report).lines)
+    loaded = mico.load(folder, dtype=torch.bfloat16, execution="lean")
+    before = weight_memory(loaded)
+    generate(loaded, random_ids(loaded, 1, 2), 1)
+    after = weight_memory(loaded)
+    sizes = [2 * module.out_features * module.in_features for module in linears(loaded)]
+    blobs = sum(module.weight.nbytes for module in linears(loaded))
+    assert after.read_bytes - before.read_bytes == sum(sizes) + blobs
+    assert after.file_bytes == 0 and after.bytes - before.bytes == max(sizes) + before.file_bytes
+    assert found["packed"]["weight_bytes"] == after.bytes
+    speed = found["packed"]["decode_tokens_per_s"]["median"]
+    assert found["packed"]["decode_GB_per_s"] == pytest.approx(speed * after.read_bytes / 1e9)
+
+
+def test_linears_that_were_never_called_are_told(report: dict[str, Any]) -> None:
+    few = report["batches"][0] | {"paths": {"not called": 3, "dense": 2}}
+    assert "after decoding: 2 by dense, 3 not called" in "\n".join(section(report | {"batches": [few]}).lines)
+
+
+def test_models_that_see_are_measured_on_text(tmp_path: Path) -> None:
+    folder = pair_of(tiny_llava(), dtype=torch.bfloat16).save(tmp_path / "model")
+    report = mico.bench(str(folder), **QUICK)
+    assert report["linears"]["packed"] == 14 and report["deviation"]["largest"] > 0
+    with pytest.raises(UserError, match=f"the model takes {TEXT['max_position_embeddings']}"):
+        mico.bench(str(folder), **QUICK | dict(prompt_tokens=TEXT["max_position_embeddings"]))
+
+
+@pytest.mark.parametrize("wrong", ["x", -1, [5]])
+def test_a_length_that_is_no_number_is_one_line(folder: Path, tmp_path: Path, wrong: object) -> None:
+    broken = Path(shutil.copytree(folder, tmp_path / "model"))
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | dict(max_position_embeddings=wrong)))
+    with pytest.raises(UserError, match=r"config\.json"):
+        mico.bench(str(broken), **QUICK)

@@ -83,6 +83,7 @@ def test_the_files_are_as_large_as_the_report_says(run: Path) -> None:
     file = run / "model" / "model.safetensors"
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")  # of safetensors
     assert report["size"]["bytes"] == file.stat().st_size == header + bits // 8 + biases + rest
+    assert header / len(stored(run)) < 130, "bytes a tensor, as docs/packed.md says"
 
 
 def test_every_linear_holds_what_the_run_solved(run: Path) -> None:
@@ -184,6 +185,20 @@ def test_a_flipped_byte_is_named_and_the_exit_code_is_2(
     file.unlink()
     with pytest.raises(UserError, match=r"model\.safetensors does not exist, mico_manifest\.json lists it"):
         verify_checkpoint(file.parent)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ([], "'files' is a list, not an object"),
+        ({"model.safetensors": 3}, "'model.safetensors' is without bytes and sha256"),
+        ({"model.safetensors": {"bytes": 3}}, "'model.safetensors' is without bytes and sha256"),
+    ],
+)
+def test_a_broken_manifest_is_one_line(tmp_path: Path, files: Any, said: str) -> None:
+    (tmp_path / MANIFEST).write_text(json.dumps(dict(files=files)))
+    with pytest.raises(UserError, match=f"{MANIFEST}: .*{said}: restore it or compress again"):
+        verify_checkpoint(tmp_path)
 
 
 def test_a_folder_without_manifest_passes(copied: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from mico.errors import UserError
@@ -22,6 +23,7 @@ from mico.files import (
     load_tensors,
     save_tensors,
     sha256_file,
+    writing,
 )
 from tests.faults import full_disk_message, killing_at
 
@@ -67,6 +69,23 @@ def test_failed_write_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UserError, match=r"a cannot be written \(No space left on device\): free disk space"):
         atomic_write(tmp_path / "a", b"new")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError("5000 requested and 1024 written"), True),
+        (SafetensorError("I/O error: File too large (os error 27)"), True),
+        (Exception("File too large (os error 27)"), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (RuntimeError("differs"), False),
+    ],
+)
+def test_a_full_disk_is_known_in_the_words_of_every_library(tmp_path: Path, error: Exception, full: bool) -> None:
+    with pytest.raises(UserError if full else type(error)) as caught, writing(tmp_path / "x", full_alone=True):
+        raise error
+    assert full == ("x cannot be written (" in str(caught.value) and "free disk space" in str(caught.value))
 
 
 def test_full_disk_names_the_file(tmp_path: Path) -> None:

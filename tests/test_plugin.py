@@ -102,6 +102,33 @@ def test_load_takes_the_execution(made: tuple[Pair, Path]) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_an_unknown_execution_in_the_environment_is_refused_before_work(
+    made: tuple[Pair, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mico.exports.source import read_packed
+
+    monkeypatch.setenv("MICO_EXECUTION", "bad")
+    monkeypatch.setattr("mico.checkpoint.sha256_file", lambda _: pytest.fail("work was done"))
+    for act in (mico.load, mico.bench, read_packed):
+        with pytest.raises(UserError, match="MICO_EXECUTION=bad: choose from auto, packed, dense"):
+            act(str(made[1]))
+
+
+@pytest.mark.parametrize("wanted", ["modeling_mico.X", ["modeling_mico.X"]])
+def test_load_refuses_a_broken_config(made: tuple[Pair, Path], tmp_path: Path, wanted: object) -> None:
+    folder = Path(shutil.copytree(made[1], tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(auto_map=wanted)))
+    with pytest.raises(UserError, match=r"'auto_map' is a (str|list), not an object: fetch the model again"):
+        mico.load(folder)
+    (folder / "config.json").write_text(json.dumps(config | dict(auto_map={"AutoModel": "other.Model"})))
+    with pytest.raises(UserError, match="asks to run the model's own code"):
+        mico.load(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json cannot be read .*: fetch the model again$"):
+        mico.load(folder)
+
+
 def test_load_refuses_what_is_not_packed(made: tuple[Pair, Path], tmp_path: Path) -> None:
     made[0].dense.save_pretrained(tmp_path / "dense")
     for place in (tmp_path, tmp_path / "dense", tmp_path / "absent"):

@@ -161,6 +161,24 @@ def test_a_wrong_file_is_noticed(tmp_path, monkeypatch):
         export(packed_source(), tmp_path)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_are_compared_where_embeddings_were_rounded_too(tmp_path, monkeypatch, tied):
+    source = packed_source(dtype=torch.bfloat16, changes=dict(tie_word_embeddings=tied))
+    embedding = rounded(source.others["model.embed_tokens.weight"], kind="symmetric", bits=8, size=None)
+    source = with_weights(source, {"model.embed_tokens": embedding})
+    source = replace(source, others={key: value for key, value in source.others.items() if "embed_tokens" not in key})
+    found, _ = export(source, tmp_path / "right")
+    assert not found.exact and found.notes[-1].endswith("from those of a model rounded alike")
+
+    def wrong(source, out, tensors, config):
+        norm_C = tensors["model.norm.weight"]
+        return folder.write_folder(source, out, tensors | {"model.norm.weight": norm_C * 1.25}, config)
+
+    monkeypatch.setattr(exporter, "write_folder", wrong)
+    with pytest.raises(RuntimeError, match=r"logits differ by .* after loading"):
+        export(source, tmp_path / "wrong")
+
+
 def test_without_the_library_its_name_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "compressed_tensors", None)
     with pytest.raises(UserError, match="--to vllm needs the compressed-tensors package: pip install"):
