@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -12,6 +12,8 @@ from mico.channels.plan import LayerPlan
 from mico.channels.products import linear
 from mico.methods.sweep import Segment
 from mico.packed.quantized import QuantizedWeight
+
+SWEPT_TOGETHER = 1 << 26  # weights of one sweep
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,12 @@ class StreamProblem:
     def weight_RC(self) -> torch.Tensor:
         """Rows of all Linears concatenated."""
         return torch.cat([layer.weight_RC for layer in self.layers])
+
+    def parts(self) -> list[StreamProblem]:
+        """The stream as it is swept: whole, or Linear by Linear where it is so large that memory counts."""
+        if sum(layer.weight_RC.numel() for layer in self.layers) <= SWEPT_TOGETHER:
+            return [self]
+        return [replace(self, layers=(layer,)) for layer in self.layers]
 
     @property
     def segments(self) -> list[Segment]:

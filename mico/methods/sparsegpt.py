@@ -18,6 +18,10 @@ def sparsegpt(problem: StreamProblem) -> list[LayerResult]:
     """Compress every Linear of the stream in one sweep. Source: Frantar & Alistarh 2023; GPTQ 2022."""
     moments = problem.moments
     factor = factorize(moments.gram_CC, problem.percdamp, moments.hessian_scale)
+    return [result for part in problem.parts() for result in _solved(part, factor)]
+
+
+def _solved(problem: StreamProblem, factor: Factor) -> list[LayerResult]:
     pivots_C = factor.pivots_C.float()
     grids = [fit_grid(layer, layer.weight_RC.float(), pivots_C) for layer in problem.layers]
     dead_C = factor.dead_C if bool(factor.dead_C.any()) else None

@@ -144,3 +144,14 @@ def test_the_peers_stand_in_the_order_of_the_field():
         for method in ("sparsegpt", "wanda", "rtn")
     }
     assert error["sparsegpt"] < error["wanda"] < error["rtn"]
+
+
+def test_a_stream_too_large_for_one_sweep_is_solved_linear_by_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = problem(plan(bits=4, sparsity=0.5))
+    assert [part.layers for part in stream.parts()] == [stream.layers]
+    whole = METHODS["sparsegpt"](stream)
+    monkeypatch.setattr("mico.methods.method.SWEPT_TOGETHER", ROWS * CHANNELS)
+    assert [part.layers for part in stream.parts()] == [(layer,) for layer in stream.layers]
+    for mine, theirs in zip(METHODS["sparsegpt"](stream), whole, strict=True):
+        assert torch.equal(mine.quantized.codes_RC, theirs.quantized.codes_RC)
+        assert mine.facts["error"] == pytest.approx(theirs.facts["error"], rel=1e-5)
