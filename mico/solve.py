@@ -126,6 +126,7 @@ class Solver:
                             run.log_layer(record)
                 records += finished.records
                 advance(f"block {block.index}, error {max(record['error'] for record in finished.records):.3g}")
+                del finished  # its codes are on disk: they need not live while the next block is solved
         return records
 
     def processes(self) -> list[dict[str, Any]]:
