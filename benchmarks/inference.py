@@ -26,11 +26,11 @@ from rich.table import Table
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
 
 from mico.adapters import family_of
 from mico.bench import compare, generate, random_ids
 from mico.checkpoint import pack_model
+from mico.loading import quiet
 from mico.packed.bits import levels
 from mico.packed.blob import decode, encode
 from mico.packed.cpu import prepare_cpu
@@ -157,7 +157,6 @@ def packed_from_disk(stack: Stack, variant: Variant, folder: Path) -> tuple[Any,
 def inference(stack: Stack, batches: Sequence[int], names: Sequence[str], console: Console) -> Table:
     """Measure the layouts one after the other beside the dense model."""
     torch.set_num_threads(stack.threads)
-    logging.disable_progress_bar()
     title = (
         f"inference, bfloat16 | Llama {stack.layers} x {stack.hidden} (ffn {stack.ffn}, vocabulary {stack.vocabulary})"
         f" | {stack.prompt_tokens} tokens in, {stack.new_tokens} out | threads {stack.threads},"
@@ -170,7 +169,7 @@ def inference(stack: Stack, batches: Sequence[int], names: Sequence[str], consol
     table, dense = Table(*columns, title=title), stack.model()
     for name in names:
         variant = VARIANTS[name]
-        with tempfile.TemporaryDirectory() as folder, console.status(variant.name):
+        with quiet(), tempfile.TemporaryDirectory() as folder, console.status(variant.name):
             packed, first = packed_from_disk(stack, variant, Path(folder))
             for batch in batches:
                 ids_BP = random_ids(dense, batch, stack.prompt_tokens)

@@ -22,12 +22,12 @@ from mico.walk import MOMENTS_BYTES, PAIRED_MATRICES
 
 # Of one call of a method beyond moments and dense weights: (factors, weights) at each moment that can be the fullest;
 # factors: (C, C) in the dtype of the moments, weights: (R, C) in float32.
-_FACTOR = (3.0, 0.0)  # the Hessian, its Cholesky factor and the inverse
+_FACTOR = (2.0, 0.0)  # the damped Hessian and its Cholesky factor, inverted in place
 SOLVING: dict[str, tuple[tuple[float, float], ...]] = {
-    "rows": (_FACTOR, (2.3, 5.2)),  # min-max grids
-    "rows dense": (_FACTOR, (2.3, 4.6)),
-    "symmetric": (_FACTOR, (2.1, 6.4)),
-    "symmetric dense": (_FACTOR, (2.1, 5.4)),
+    "rows": (_FACTOR, (1.2, 4.35)),  # min-max grids
+    "rows dense": (_FACTOR, (1.2, 3.75)),
+    "symmetric": (_FACTOR, (1.2, 5.3)),
+    "symmetric dense": (_FACTOR, (1.2, 4.45)),
     "mico": ((4.2, 5.9), (3.5, 11.3)),
     "mico dense": ((4.4, 3.6), (3.0, 7.3)),
     "wanda": ((0.2, 8.1),),
