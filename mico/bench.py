@@ -6,7 +6,6 @@ Suffixes: B batch, P prompt tokens.
 from __future__ import annotations
 
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from mico.packed.blob import MASK
 from mico.packed.hf import unpacked
 from mico.packed.linear import CROSSOVER, EXECUTIONS, PATIENCE, PackedEmbedding, PackedLinear
 from mico.settings import choose
+from mico.solve import peak_host_bytes
 from mico.summary import check_writable
 from mico.tables import Section, size_text
 
@@ -66,7 +66,7 @@ def bench(
     pick_device(device)
     folder, _ = packed_folder(model)
     _check_length(folder, prompt_tokens + new_tokens)
-    start_bytes = peak_bytes()
+    start_bytes = peak_host_bytes()
     with console.stage("load"):
         packed = load_model(str(folder), device=device, dtype=dtype, packed=True).model
     set_execution(packed, execution)
@@ -77,7 +77,7 @@ def bench(
         found_logits = few_logits(packed)
         for ids_BP in prompts.values():
             generate(packed, ids_BP, new_tokens)
-    packed_peak_bytes = peak_bytes()
+    packed_peak_bytes = peak_host_bytes()
     with console.stage("load dense"):
         dense = unpacked(load_model(str(folder), device=device, dtype=dtype, packed=True).model, packed.dtype)
     exact_logits = few_logits(dense)
@@ -100,7 +100,7 @@ def bench(
             "largest_logit": float(exact_logits.abs().max()),
         },
         "linears": _linears(packed),
-        "peak_bytes": {"before": start_bytes, "packed": packed_peak_bytes, "both": peak_bytes()},
+        "peak_bytes": {"before": start_bytes, "packed": packed_peak_bytes, "both": peak_host_bytes()},
         "batches": results,
     }
     if json is not None:
@@ -250,15 +250,6 @@ def _mapped_files() -> list[tuple[int, int]]:
 
 def _in_file(tensor: torch.Tensor, files: Iterable[tuple[int, int]]) -> bool:
     return tensor.device.type == "cpu" and any(low <= tensor.data_ptr() < high for low, high in files)
-
-
-def peak_bytes() -> int | None:
-    """The most memory this process has held so far; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # --- what the packed model is ---------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from mico.packed.blob import encode
 from mico.packed.experts import any_expert
 from mico.packed.hf import (
     METHOD,
+    SHARD_BYTES,
     SHIPPED,
     MicoConfig,
     MicoQuantizer,
@@ -43,7 +44,6 @@ from mico.settings import choose
 MANIFEST = "mico_manifest.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FORMAT, VERSION = "mico-packed", 1
-SHARD_BYTES = 512 * 10**6  # a file is whole in memory while it is written
 
 
 def pack_model(model: Any, family: Family, parts: Iterable[Mapping[str, QuantizedWeight]], dtype: torch.dtype) -> None:

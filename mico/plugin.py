@@ -63,7 +63,7 @@ def register_when_needed() -> None:
 def load(folder: str | Path, *, execution: str | None = None, **options: Any) -> Any:
     """The model of a packed checkpoint, or of the run folder that holds one, ready for inference.
 
-    execution: 'auto', 'packed' or 'dense' (mico/packed/linear.py); `options` go to from_pretrained, for example
+    execution: 'auto', 'packed', 'dense' or 'lean' (docs/packed.md); `options` go to from_pretrained, for example
     dtype=torch.bfloat16, device_map="auto". Raises UserError when the folder holds no packed model or is damaged.
     """
     from mico.adapters import auto_class

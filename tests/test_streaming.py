@@ -15,6 +15,7 @@ from mico.errors import UserError
 from mico.files import sha256_file
 from mico.loading import LoadedModel, load_model
 from mico.loading import model as loading
+from mico.loading.streaming import BlockStore
 from mico.walk import walk
 from tests.tiny import VOCABULARY, save_model
 from tests.workspace import Workspace, workspace
@@ -121,8 +122,12 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def test_compress_gives_the_same_bytes(
     options: dict, space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digests = []
+    digests: list[list[str]] = []
+    filled: list[int | None] = []
+    fill = BlockStore.fill
+    monkeypatch.setattr(BlockStore, "fill", lambda store, index: filled.append(index) or fill(store, index))
     for stream in (False, True):
+        assert not filled  # by the run that does not stream
         monkeypatch.setenv("MICO_RESULTS", str(tmp_path / str(stream)))
         report = mico.compress(
             str(space.model), eval="wikitext2", save=str(tmp_path / f"run-{stream}"), stream=stream,
@@ -132,3 +137,4 @@ def test_compress_gives_the_same_bytes(
         digests.append([sha256_file(file) for file in files])
         digests[-1].append(str(report["compressed"]["wikitext2"]["perplexity"]))
     assert digests[0] == digests[1]
+    assert {0, 1, None} <= set(filled)

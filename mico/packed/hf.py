@@ -28,7 +28,7 @@ from mico.packed.linear import PackedEmbedding, PackedLinear
 
 METHOD = "mico"
 LAYOUT_VERSION = 1
-SHARD_SIZE = "512MB"
+SHARD_BYTES = 512 * 10**6  # a weight file is whole in memory while it is written
 SHIPPED = "modeling_mico.py"  # this code inside a checkpoint
 
 
@@ -246,7 +246,7 @@ class PackedModel:
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> Any:
         """As the class below; also writes modeling_mico.py where the config names it."""
         if not args:
-            options.setdefault("max_shard_size", SHARD_SIZE)  # the files are those that mico compress wrote
+            options.setdefault("max_shard_size", SHARD_BYTES)  # the files are those that mico compress wrote
         result = super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]
         if getattr(self.config, "auto_map", None):  # type: ignore[attr-defined]
             (Path(save_directory) / SHIPPED).write_text(shipped_source(), encoding="utf-8")
