@@ -23,7 +23,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mico.data import TextSource, Windows, evaluation_windows, load_text
-from mico.perplexity import perplexity
+from mico.metrics.perplexity import perplexity
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def load(path: Path, seqlen: int, threads: int) -> Any:
 
 
 def llama_perplexity(llama: Any, ids_NT: torch.Tensor) -> float:
-    """As mico.perplexity: exp of the mean cross-entropy over the T - 1 targets of every window."""
+    """As mico.metrics.perplexity: exp of the mean cross-entropy over the T - 1 targets of every window."""
     losses = []
     for ids_T in ids_NT:
         llama.reset()

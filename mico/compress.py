@@ -32,7 +32,7 @@ from mico.follow import follow
 from mico.loading import LoadedModel, copy_processor, describe, quiet, stream_widths
 from mico.packed.quantized import QuantizedWeight
 from mico.packed.table import run_length
-from mico.perplexity import PROTOCOL, default_texts, evaluate_texts, evaluation_sets, parse_texts, protocol_line
+from mico.metrics.perplexity import PROTOCOL, default_texts, evaluate_texts, evaluation_sets, parse_texts, protocol_line
 from mico.profiles import PROFILES
 from mico.runs import RunFolder, atomic_json
 from mico.runs import fingerprint as digest

@@ -13,7 +13,7 @@ from mico.data import TEXTS, Windows
 from mico.errors import UserError
 from mico.files import atomic_json, read_json
 from mico.loading import context_length, is_reference, load_config, load_model, load_tokenizer, pick_device, resolve
-from mico.perplexity import (
+from mico.metrics.perplexity import (
     PROTOCOL,
     Progress,
     default_texts,

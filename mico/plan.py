@@ -27,7 +27,7 @@ from mico.forecast.work import Work
 from mico.loading import DTYPES, context_length, is_reference, load_config, pick_device
 from mico.loading.headers import stored_tensors
 from mico.loading.streaming import MEMORY_SHARE, free_memory
-from mico.perplexity import default_texts, parse_texts
+from mico.metrics.perplexity import default_texts, parse_texts
 from mico.settings import Source, compression_of, record
 from mico.stages import results_root
 from mico.summary import check_writable

@@ -41,7 +41,7 @@ from mico.loading import (
     pick_device,
 )  # fmt: skip
 from mico.methods.sweep import factorize
-from mico.perplexity import default_calibration
+from mico.metrics.perplexity import default_calibration
 from mico.runs import RunFolder
 from mico.runs import fingerprint as digest
 from mico.settings import Compression, Grouping, Source, record

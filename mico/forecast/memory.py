@@ -16,7 +16,7 @@ from mico.forecast.outline import Outline, StreamShape
 from mico.forecast.size import Size
 from mico.methods import PAIRED
 from mico.packed.hf import SHARD_BYTES
-from mico.perplexity import LOGIT_BYTES, ROWS
+from mico.metrics.perplexity import LOGIT_BYTES, ROWS
 from mico.settings import Compression
 from mico.walk import MOMENTS_BYTES, PAIRED_MATRICES
 

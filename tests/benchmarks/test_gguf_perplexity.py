@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import gguf_perplexity
 from mico.data import evaluation_windows
-from mico.perplexity import perplexity
+from mico.metrics.perplexity import perplexity
 from tests.tiny import numbered, random_model, train_tokenizer
 
 MODEL, TOKENIZER = random_model("llama"), train_tokenizer(bos=True)

@@ -9,10 +9,10 @@ import math
 import pytest
 import torch
 
-from mico import perplexity as module
+from mico.metrics import perplexity as module
 from mico.data import DataError, Windows, evaluation_windows
 from mico.errors import UserError
-from mico.perplexity import (
+from mico.metrics.perplexity import (
     default_calibration,
     default_texts,
     evaluate_texts,
