@@ -30,9 +30,9 @@ from mico.exports.targets import check_profile
 from mico.files import atomic_write, read_json
 from mico.follow import follow
 from mico.loading import LoadedModel, copy_processor, describe, quiet, stream_widths
+from mico.metrics.perplexity import PROTOCOL, default_texts, evaluate_texts, evaluation_sets, parse_texts, protocol_line
 from mico.packed.quantized import QuantizedWeight
 from mico.packed.table import run_length
-from mico.metrics.perplexity import PROTOCOL, default_texts, evaluate_texts, evaluation_sets, parse_texts, protocol_line
 from mico.profiles import PROFILES
 from mico.runs import RunFolder, atomic_json
 from mico.runs import fingerprint as digest

@@ -15,8 +15,8 @@ from mico.channels.meters import DOUBLE_LIMIT, PANEL, RESERVOIR_ROWS
 from mico.forecast.outline import Outline, StreamShape
 from mico.forecast.size import Size
 from mico.methods import PAIRED
-from mico.packed.hf import SHARD_BYTES
 from mico.metrics.perplexity import LOGIT_BYTES, ROWS
+from mico.packed.hf import SHARD_BYTES
 from mico.settings import Compression
 from mico.walk import MOMENTS_BYTES, PAIRED_MATRICES
 

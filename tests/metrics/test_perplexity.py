@@ -9,9 +9,9 @@ import math
 import pytest
 import torch
 
-from mico.metrics import perplexity as module
 from mico.data import DataError, Windows, evaluation_windows
 from mico.errors import UserError
+from mico.metrics import perplexity as module
 from mico.metrics.perplexity import (
     default_calibration,
     default_texts,
