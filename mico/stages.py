@@ -45,6 +45,7 @@ from mico.metrics.perplexity import default_calibration
 from mico.runs import RunFolder
 from mico.runs import fingerprint as digest
 from mico.settings import Compression, Grouping, Source, record
+from mico.summary import NESTED
 from mico.team import ALONE, Team
 from mico.walk import Block, walk
 
@@ -149,14 +150,17 @@ def kept_stage(
     found = RunFolder.view(folder, arguments)
     if found is not None:
         console.note(f"{kind}: reusing {folder}")
-        console.reused[kind] = read_json(folder / "report.json")["seconds"]
+        facts = read_json(folder / "report.json")
+        console.reused |= {kind: facts["seconds"]} | facts.get("parts", {})
         return found
     with RunFolder.open(folder, arguments) as run, console.stage(kind):
         if run.finished:
             console.note(f"{kind}: {run.finished} of {blocks} blocks were there, going on")
         with console.bar(kind, blocks, run.finished) as advance:
             make(run, advance)
-        run.finish(dict(seconds=round(console.so_far()[kind], 3)))
+        seconds = {name: round(value, 3) for name, value in console.so_far().items()}
+        parts = {name: value for name, value in seconds.items() if NESTED.get(name) == kind}
+        run.finish(dict(seconds=seconds[kind], parts=parts))
     console.note(f"{kind}: written to {folder}")
     found = RunFolder.view(folder, arguments)
     assert found is not None
