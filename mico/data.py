@@ -329,12 +329,18 @@ def embedded_corpus(share: Literal["train", "test"]) -> TextSource:
     Split by topic (a help topic, or a top-level module) through a hash of its name, so the two shares
     never hold parts of one topic and another Python version moves no topic between them.
     """
-    documents = [text for topic, text in _topics() if (share == "test") == (_percentile(topic) < DOCS_TEST_PERCENT)]
-    if not documents:
-        raise DataError("this Python carries no documentation sources: pass --data-dir or --data-file")
+    documents = [text for _, text in documentation(share)]
     digest = _digest(documents)
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     return TextSource("docs", share, tuple(documents), JOINERS["docs"], f"Python {version} documentation", digest)
+
+
+def documentation(share: Literal["train", "test"]) -> list[tuple[str, str]]:
+    """Topic and text of every document of one share; a topic's documents follow one another."""
+    found = [pair for pair in _topics() if (share == "test") == (_percentile(pair[0]) < DOCS_TEST_PERCENT)]
+    if not found:
+        raise DataError("this Python carries no documentation sources: pass --data-dir or --data-file")
+    return found
 
 
 def _percentile(topic: str) -> int:
