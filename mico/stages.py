@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ import torch
 from mico.adapters import family_of
 from mico.adapters.family import Family, linears_of
 from mico.channels.grouping import cluster, random_groups, sorted_groups
+from mico.channels.heat import heat_text, ordered_heat
 from mico.channels.information import MIN_ROWS, mutual_information
 from mico.channels.meters import Reservoir, SecondMoments
 from mico.channels.plan import ChannelGroups
@@ -52,6 +54,7 @@ from mico.walk import Block, walk
 LAYOUT = 1  # of the tensors in a stage's folder; another number makes old folders unfit
 SORTED_GROUPS = 8  # groups of the sorted and random controls when --n-groups is auto
 DAMPING = 0.01  # of the factor behind alpha-sorted groups
+HEAT = "heat/"  # before the name of a stream: its MI heat map, in the file of a block's groups
 
 
 def results_root() -> Path:
@@ -300,7 +303,13 @@ class Groups:
     def block(self, index: int) -> tuple[dict[str, ChannelGroups], list[dict[str, Any]]]:
         """({stream: groups}, diagnostics) of one block."""
         _, tensors, records = self.run.read_block(index)
-        return {name: ChannelGroups(label_C.long()) for name, label_C in tensors.items()}, records
+        labels = {name: label_C for name, label_C in tensors.items() if not name.startswith(HEAT)}
+        return {name: ChannelGroups(label_C.long()) for name, label_C in labels.items()}, records
+
+    def heats(self, index: int) -> dict[str, torch.Tensor]:
+        """{stream: heat_HH} of one block, of the streams that were grouped by MI (channels/heat.py)."""
+        tensors = self.run.read_block(index)[1]
+        return {name.removeprefix(HEAT): heat_HH for name, heat_HH in tensors.items() if name.startswith(HEAT)}
 
 
 def groups(preparation: Preparation, statistics: Statistics, grouping: Grouping, folder: str | None = None) -> Groups:
@@ -310,12 +319,13 @@ def groups(preparation: Preparation, statistics: Statistics, grouping: Grouping,
 
     def make(run: RunFolder, advance: Callable[[str], None]) -> None:
         for index in range(run.finished, preparation.blocks()):
-            labels, records = {}, []
+            tensors, records = {}, []
             for stream, (moments, rows_TC) in statistics.block(index).items():
-                found, facts = _group(preparation, grouping, index, stream, moments, rows_TC)
-                labels[stream] = found.label_C.to(torch.int32)
+                found, facts, heat_HH = _group(preparation, grouping, index, stream, moments, rows_TC)
+                tensors[stream] = found.label_C.to(torch.int32)
+                tensors |= {} if heat_HH is None else {f"{HEAT}{stream}": heat_HH}
                 records.append(dict(block=index, stream=stream) | facts)
-            run.write_block(index, {}, labels, records)
+            run.write_block(index, {}, tensors, records)
             advance("")
 
     return Groups(kept_stage("groups", place, identity, preparation.blocks(), preparation.console, make))
@@ -323,18 +333,20 @@ def groups(preparation: Preparation, statistics: Statistics, grouping: Grouping,
 
 def _group(
     preparation: Preparation, grouping: Grouping, index: int, stream: str, moments: SecondMoments, rows_TC: torch.Tensor
-) -> tuple[ChannelGroups, dict[str, Any]]:
+) -> tuple[ChannelGroups, dict[str, Any], torch.Tensor | None]:
+    """Groups, diagnostics and, of grouping by MI, the heat map of one stream."""
     channels, seed = len(moments.sum_C), preparation.source.seed
     if any(row.name == stream and row.expert is not None for row in preparation.family.streams):
         if grouping.kind == "mi" and (is_starved(moments) or len(rows_TC) < MIN_ROWS):
-            return ChannelGroups.single(channels), dict(n_groups=1, sizes=[channels], method="mi", tokens=moments.count)
+            facts = dict(n_groups=1, sizes=[channels], method="mi", tokens=moments.count)
+            return ChannelGroups.single(channels), facts, None
         moments = trusted(moments)
     if grouping.kind == "mi":
         with preparation.console.stage("mutual information"):
             mi_CC = mutual_information(grouping.mi_method, moments, rows_TC)
         with preparation.console.stage("clustering"):
             found = cluster(mi_CC, grouping.n_groups, grouping.cluster, seed)
-        return found.groups, found.diagnostics
+        return found.groups, found.diagnostics, ordered_heat(mi_CC, found.groups)
     count = min(SORTED_GROUPS, channels) if grouping.n_groups == "auto" else int(grouping.n_groups)
     if count > channels:
         raise UserError(f"--n-groups {count}: stream {stream} of block {index} has {channels} channels")
@@ -343,7 +355,7 @@ def _group(
     else:
         weight_RC = _stream_weight(preparation, index, stream)
         made = sorted_groups(_score(grouping.kind, weight_RC, moments), count)
-    return made, dict(n_groups=made.count, sizes=made.sizes_G.tolist(), method=grouping.kind)
+    return made, dict(n_groups=made.count, sizes=made.sizes_G.tolist(), method=grouping.kind), None
 
 
 def _score(kind: str, weight_RC: torch.Tensor, moments: SecondMoments) -> torch.Tensor:
@@ -360,3 +372,22 @@ def _stream_weight(preparation: Preparation, index: int, stream: str) -> torch.T
     row = next(s for s in loaded.family.streams if s.name == stream)
     with loaded.part(index) as block:
         return torch.cat([linear.weight.detach().double().cpu() for linear in linears_of(block, row).values()])
+
+
+def heat_maps(found: Groups, blocks: int) -> list[dict[str, Any]]:
+    """The MI heat maps of the first, middle and last of `blocks` blocks as plain JSON; none without grouping by MI.
+
+    sizes: channels of every group, in the order of the rows; cells: lines that `channels.heat.heat_cells` reads.
+    Of the experts of a block only the first one is shown.
+    """
+    maps: list[dict[str, Any]] = []
+    for index in sorted({0, blocks // 2, blocks - 1}):
+        heats, records = found.heats(index), found.block(index)[1]
+        kinds: dict[str, dict[str, Any]] = {}
+        for facts in records:
+            if facts["stream"] in heats:
+                kinds.setdefault(re.sub(r"\d+", "*", facts["stream"]), facts)
+        for facts in kinds.values():
+            cells = heat_text(heats[facts["stream"]])
+            maps.append(dict(block=index, stream=facts["stream"], sizes=facts["sizes"], cells=cells))
+    return maps
