@@ -15,9 +15,9 @@ FLOORS = (  # from the roof to the basement; a room is one top-level file or fol
     ("verbs", {"bench", "calibrate", "mi_group", "compress", "evaluate", "export", "import_llava", "plan", "report"}),
     (
         "middle",
-        {"walk", "loading", "methods", "metrics", "files", "runs", "stages", "solve", "reference"}
+        {"walk", "loading", "methods", "metrics", "qat", "files", "runs", "stages", "solve", "reference"}
         | {"console", "tables", "summary", "callable", "card", "checkpoint", "exports", "forecast", "plugin"}
-        | {"team", "follow", "ends"},
+        | {"team", "follow", "ends", "activations"},
     ),
     ("ground", {"adapters", "channels", "packed", "data"}),
     ("basement", {"errors", "profiles", "settings"}),
