@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import os
+import random
 import sys
 import sysconfig
 import zlib
@@ -26,17 +27,19 @@ from typing import Any, Literal
 import torch
 
 from mico.errors import UserError
+from mico.settings import PROTOCOLS, choose
 
 Split = Literal["train", "validation", "test"]
 TEXTS = ("wikitext2", "ptb", "c4", "docs")
 TEXT_FIELDS = ("text", "sentence")  # in JSON rows and parquet columns; PTB's hub form says `sentence`
 SUFFIXES = (".txt", ".jsonl", ".json.gz", ".parquet")
 C4_DOCUMENTS = 1100  # SparseGPT joins the first 1,100 validation documents of C4 ...
-C4_WINDOWS = 256  # ... and keeps the first 256 windows
+C4_WINDOWS = 256  # ... and keeps the first 256 windows; GPTQ cuts 256 crops at random
 DOCS_TEST_PERCENT = 15  # share of the topics of the embedded corpus kept for evaluation
 ROWS_ARE_LINES = ("wikitext2", "ptb")
 JOINERS = {"wikitext2": "\n\n", "ptb": " ", "c4": " ", "docs": "\n\n"}
 EVALUATION_SPLIT: dict[str, Split] = {"wikitext2": "test", "ptb": "test", "c4": "validation", "docs": "test"}
+GPTQ_SPLIT: dict[str, Split] = EVALUATION_SPLIT | {"ptb": "validation"}
 
 
 class DataError(UserError):
@@ -64,6 +67,7 @@ class Windows:
     tokens_asked: int | None
     tokens_available: int
     bos: bool
+    protocol: str = PROTOCOLS[0]  # of evaluation windows
 
     @property
     def seqlen(self) -> int:
@@ -80,8 +84,8 @@ class Windows:
 
     @property
     def shortfall(self) -> int:
-        """Tokens asked for and not obtained (only evaluation of C4 asks for a number)."""
-        return max(0, (self.tokens_asked or 0) - self.tokens)
+        """Tokens asked for that the text does not hold (only evaluation of C4 asks for a number)."""
+        return max(0, (self.tokens_asked or 0) - min(self.tokens, self.tokens_available))
 
     def describe(self) -> str:
         asked = f" of {self.tokens_asked:,} asked" if self.tokens_asked is not None else ""
@@ -144,20 +148,53 @@ def calibration_windows(source: TextSource, tokenizer: Any, nsamples: int, seqle
     return Windows(windows[chosen].contiguous(), source, asked, available, False)
 
 
-def evaluation_windows(source: TextSource, tokenizer: Any, seqlen: int) -> Windows:
-    """Cut windows as SparseGPT's evaluation does: documents joined, tokenized once, no overlap, tail dropped.
+def evaluation_windows(source: TextSource, tokenizer: Any, seqlen: int, protocol: str = PROTOCOLS[0]) -> Windows:
+    """Cut windows as SparseGPT's or GPTQ's evaluation does: documents joined, tokenized once, no overlap, tail dropped.
 
-    C4 joins its first 1,100 validation documents and keeps the first 256 windows (sparsegpt/datautils.py).
+    sparsegpt: C4 joins its first 1,100 validation documents and keeps the first 256 windows (sparsegpt/datautils.py).
+    gptq: PTB (validation) is joined by blank lines, C4 cut into random crops (gptq/datautils.py, get_ptb and get_c4).
     """
+    choose("--protocol", protocol, PROTOCOLS)
+    gptq = protocol == "gptq"
+    if gptq and source.name == "c4":
+        return _random_crops(source, tokenizer, seqlen)
     documents = source.documents[:C4_DOCUMENTS] if source.name == "c4" else source.documents
-    encoded = tokenizer(source.joiner.join(documents), return_tensors="pt", verbose=False).input_ids[0]
+    joiner = "\n\n" if gptq and source.name == "ptb" else source.joiner
+    encoded = tokenizer(joiner.join(documents), return_tensors="pt", verbose=False).input_ids[0]
     asked = C4_WINDOWS * seqlen if source.name == "c4" else None
     ids = encoded[:asked] if asked is not None else encoded
     count = len(ids) // seqlen
     if count == 0:
         raise DataError(f"{source.origin} has {len(ids):,} tokens, less than one window of --seqlen {seqlen}")
-    bos = tokenizer.bos_token_id is not None and int(ids[0]) == tokenizer.bos_token_id
-    return Windows(ids[: count * seqlen].view(count, seqlen).contiguous(), source, asked, len(encoded), bos)
+    cut = ids[: count * seqlen].view(count, seqlen).contiguous()
+    return Windows(cut, source, asked, len(encoded), _starts_with_bos(ids, tokenizer), protocol)
+
+
+def _random_crops(source: TextSource, tokenizer: Any, seqlen: int) -> Windows:
+    """256 crops, each at random from a random document of more than `seqlen` tokens, drawn with replacement.
+
+    The original seeds Python's global generator with 0; one of our own gives the same draws. It also accepts documents
+    of exactly `seqlen` tokens, on which its next draw fails. Available are the tokens of the documents that were cut.
+    """
+    draw, crops = random.Random(0), list[torch.Tensor]()
+    found: dict[int, torch.Tensor] = {}  # tokens of the documents looked at, nothing of those that are too short
+    while len(crops) < C4_WINDOWS:
+        index = draw.randint(0, len(source.documents) - 1)
+        if index not in found:
+            ids = tokenizer(source.documents[index], return_tensors="pt", verbose=False).input_ids[0].long()
+            found[index] = ids if len(ids) > seqlen else ids[:0]
+        if len(found[index]):
+            start = draw.randint(0, len(found[index]) - seqlen - 1)
+            crops.append(found[index][start : start + seqlen])
+        elif not crops and len(found) == len(source.documents):
+            raise DataError(f"{source.origin}: no document has more than {seqlen} tokens: lower --seqlen")
+    cut = [ids for ids in found.values() if len(ids)]
+    asked, available = C4_WINDOWS * seqlen, sum(map(len, cut))
+    return Windows(torch.stack(crops), source, asked, available, _starts_with_bos(cut[0], tokenizer), "gptq")
+
+
+def _starts_with_bos(ids: torch.Tensor, tokenizer: Any) -> bool:
+    return tokenizer.bos_token_id is not None and int(ids[0]) == tokenizer.bos_token_id
 
 
 def token_batches(ids_NT: torch.Tensor, batch_size: int) -> list[dict[str, torch.Tensor]]:

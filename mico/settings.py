@@ -17,6 +17,7 @@ CLUSTERINGS = ("spectral", "hierarchical", "kmeans")
 GROUPINGS = ("mi", "importance", "random", "range", "alpha")
 ALLOCATIONS = ("rate", "thresholds")
 EMBED_BITS = (4, 8, 16)
+PROTOCOLS = ("sparsegpt", "gptq")  # by which perplexity is measured; the first is the default
 EXPORTS = ("dense", "vllm", "gguf", "gptq")
 AVERAGE_BITS = (2.0, 8.0)  # the range that mixed widths can reach: groups of 2 to 8 bits
 

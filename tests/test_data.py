@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import logging
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -275,6 +276,48 @@ def test_bos_is_kept_where_the_tokenizer_puts_it():
     assert with_bos.ids_NT.flatten()[1:9].tolist() == without.ids_NT.flatten()[:8].tolist()
     assert int((with_bos.ids_NT == 0).sum()) == 1, "one BOS in front of the whole text, none in the other windows"
     assert "BOS kept" in with_bos.describe() and "BOS none" in without.describe()
+
+
+def gptq_crops(documents: list[str], tokenizer, seqlen: int) -> list[list[int]]:
+    """What get_c4 of GPTQ does, written down from its description: the global generator, seed 0, documents again."""
+    before = random.getstate()
+    random.seed(0)
+    crops = []
+    while len(crops) < 256:
+        ids = tokenizer(documents[random.randint(0, len(documents) - 1)]).input_ids
+        if len(ids) > seqlen:
+            start = random.randint(0, len(ids) - seqlen - 1)
+            crops.append(ids[start : start + seqlen])
+    random.setstate(before)
+    return crops
+
+
+def test_gptq_cuts_c4_at_random_as_the_original_draws(tokenizer):
+    documents = [" ".join(f"{i} and {j}" for j in range(i % 7 * 3)) for i in range(40)]
+    state = random.getstate()
+    windows = evaluation_windows(source(documents, "c4", " "), tokenizer, 16, "gptq")
+    assert random.getstate() == state, "the global generator is left alone"
+    assert windows.ids_NT.tolist() == gptq_crops(documents, tokenizer, 16)
+    assert windows.protocol == "gptq" and windows.ids_NT.shape == (256, 16)
+    available = sum(len(ids) for text in documents if len(ids := tokenizer(text).input_ids) > 16)
+    assert windows.tokens_available == available < 256 * 16, "every long document was drawn"
+    assert windows.shortfall == 256 * 16 - available
+
+
+def test_a_document_of_just_a_window_is_too_short_for_a_crop(tokenizer):
+    seqlen = len(tokenizer(SENTENCES[0]).input_ids)
+    text = source([SENTENCES[0], SENTENCES[0] + " and one"], "c4", " ")
+    assert evaluation_windows(text, tokenizer, seqlen, "gptq").tokens_available > seqlen
+    with pytest.raises(DataError, match=f"a test: no document has more than {seqlen} tokens: lower --seqlen"):
+        evaluation_windows(source([SENTENCES[0]], "c4", " "), tokenizer, seqlen, "gptq")
+
+
+@pytest.mark.parametrize(("name", "joiner"), [("ptb", "\n\n"), ("wikitext2", " ++ "), ("docs", " ++ ")])
+def test_gptq_joins_ptb_by_blank_lines_and_the_rest_as_sparsegpt_does(tokenizer, name, joiner):
+    text = source(SENTENCES, name, " ++ ")
+    windows = evaluation_windows(text, tokenizer, 8, "gptq")
+    assert windows.ids_NT.flatten().tolist() == tokenizer(joiner.join(SENTENCES)).input_ids[: windows.tokens]
+    assert evaluation_windows(text, tokenizer, 8).protocol == "sparsegpt"
 
 
 def test_a_text_shorter_than_one_window_is_refused(tokenizer):

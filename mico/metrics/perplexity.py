@@ -1,4 +1,4 @@
-"""Perplexity by the protocol of SparseGPT, and which texts a model is measured and calibrated on by default.
+"""Perplexity by the protocols of SparseGPT and GPTQ, and which texts a model is measured and calibrated on by default.
 
 Suffixes: N windows, B windows of one batch, T tokens a window, V vocabulary.
 """
@@ -17,16 +17,20 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mico.data import EVALUATION_SPLIT, TEXTS, Windows, evaluation_windows, load_text
+from mico.data import EVALUATION_SPLIT, GPTQ_SPLIT, TEXTS, Windows, evaluation_windows, load_text
 from mico.errors import UserError
+from mico.settings import PROTOCOLS, choose
 
-PROTOCOL = "sparsegpt"
+PROTOCOL = PROTOCOLS[0]  # where none is named
 NO_TEXTS = "none"
 STANDARD_TEXTS = ("wikitext2", "ptb", "c4")
 LOGIT_BYTES = 2 << 30  # what the float32 logits of one batch may take: a 128k vocabulary runs one window at a time
 ROWS = 512  # rows of logits turned to float32 at a time
 
 Progress = Callable[[str, int, int], None]  # text, windows done, windows in all
+# Sees what a model says while it is measured: text, number of the window, logits of its first T - 1 positions (T-1, V).
+# Of a batch that did not fit into memory it sees the same windows again.
+Observer = Callable[[str, int, torch.Tensor], None]
 
 log = logging.getLogger(__name__)
 
@@ -91,28 +95,31 @@ def evaluation_sets(
     data_dir: str | Path | None = None,
     data_file: str | Path | None = None,
     offline: bool = False,
+    protocol: str = PROTOCOL,
 ) -> dict[str, Windows]:
-    """Read, tokenize and cut every evaluation text; `data_file` adds one text under its file name.
+    """Read, tokenize and cut every evaluation text by `protocol`; `data_file` adds one text under its file name.
 
     Called before any long work, so that a missing text is told at once. Raises UserError naming the text.
     """
     if seqlen < 2:
         raise UserError(f"--seqlen {seqlen}: perplexity needs windows of at least 2 tokens")
+    choose("--protocol", protocol, PROTOCOLS)
+    splits = GPTQ_SPLIT if protocol == "gptq" else EVALUATION_SPLIT
     sets = {}
     for name in dict.fromkeys(texts):
         # An unknown name goes to load_text, which lists the known ones.
-        source = load_text(name, EVALUATION_SPLIT.get(name, "test"), data_dir=data_dir, offline=offline)
-        sets[name] = evaluation_windows(source, tokenizer, seqlen)
+        source = load_text(name, splits.get(name, "test"), data_dir=data_dir, offline=offline)
+        sets[name] = evaluation_windows(source, tokenizer, seqlen, protocol)
     if data_file is not None:
         source = load_text("file", "test", data_file=data_file)
-        sets[source.name] = evaluation_windows(source, tokenizer, seqlen)
+        sets[source.name] = evaluation_windows(source, tokenizer, seqlen, protocol)
     return sets
 
 
 def protocol_line(windows: Windows) -> str:
     """One line to print beside a perplexity: protocol, text, where from, tokens, windows, seqlen, BOS, shortfall."""
     missing = f", {windows.shortfall:,} tokens short of the protocol" if windows.shortfall else ""
-    return f"protocol {PROTOCOL}: {windows.describe()}{missing}"
+    return f"protocol {windows.protocol}: {windows.describe()}{missing}"
 
 
 # --- perplexity ------------------------------------------------------------------------------------------------------
@@ -127,19 +134,28 @@ def perplexity(model: nn.Module, windows: Windows, *, batch_size: int = 8, progr
     return score(model, windows, batch_size=batch_size, progress=progress).perplexity
 
 
-def score(model: nn.Module, windows: Windows, *, batch_size: int = 8, progress: Progress | None = None) -> Score:
+def score(
+    model: nn.Module,
+    windows: Windows,
+    *,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+    observer: Observer | None = None,
+) -> Score:
     """`perplexity` with the batch size it ended on and how often it was halved for want of memory."""
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: must be at least 1")
     training = model.training
     model.eval()
     try:
-        return _score(model, windows, _fitting_batch(model, windows.seqlen, batch_size), progress)
+        return _score(model, windows, _fitting_batch(model, windows.seqlen, batch_size), progress, observer)
     finally:
         model.train(training)
 
 
-def _score(model: nn.Module, windows: Windows, batch: int, progress: Progress | None) -> Score:
+def _score(
+    model: nn.Module, windows: Windows, batch: int, progress: Progress | None, observer: Observer | None
+) -> Score:
     name, count = windows.source.name, len(windows.ids_NT)
     device = _input_device(model)
     losses: list[float] = []
@@ -147,7 +163,7 @@ def _score(model: nn.Module, windows: Windows, batch: int, progress: Progress | 
     while len(losses) < count:
         try:
             ids_BT = windows.ids_NT[len(losses) : len(losses) + batch].to(device)
-            batch_losses = _window_losses(model, ids_BT)
+            batch_losses = _window_losses(model, ids_BT, _from_window(observer, name, len(losses)))
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not _out_of_memory(error):
                 raise
@@ -169,12 +185,20 @@ def _score(model: nn.Module, windows: Windows, batch: int, progress: Progress | 
     return Score(_exp(math.fsum(losses) / count), batch, halvings)
 
 
+def _from_window(observer: Observer | None, name: str, first: int) -> Callable[[int, torch.Tensor], None]:
+    """What to call with the place of a window in a batch that begins with window `first`, and its logits."""
+    if observer is None:
+        return lambda place, logits: None
+    return lambda place, logits: observer(name, first + place, logits)
+
+
 @torch.inference_mode()
-def _window_losses(model: nn.Module, ids_BT: torch.Tensor) -> list[float]:
+def _window_losses(model: nn.Module, ids_BT: torch.Tensor, observe: Callable[[int, torch.Tensor], None]) -> list[float]:
     """Mean cross-entropy of every window of a batch; never more than ROWS x V logits in float32 at once."""
     logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
     losses = []
-    for logits_TV, ids_T in zip(logits_BTV, ids_BT.to(logits_BTV.device), strict=True):
+    for place, (logits_TV, ids_T) in enumerate(zip(logits_BTV, ids_BT.to(logits_BTV.device), strict=True)):
+        observe(place, logits_TV[:-1])
         total = torch.zeros((), dtype=torch.float64, device=logits_TV.device)
         for rows_V, targets in _row_chunks(logits_TV[:-1], ids_T[1:]):
             total += functional.cross_entropy(rows_V.float(), targets, reduction="sum")
@@ -223,12 +247,17 @@ def _free(device: torch.device) -> None:
 
 
 def evaluate_texts(
-    model: nn.Module, sets: Mapping[str, Windows], *, batch_size: int = 8, progress: Progress | None = None
+    model: nn.Module,
+    sets: Mapping[str, Windows],
+    *,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+    observer: Observer | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Perplexity of every text of `evaluation_sets` with all that is needed to repeat it, as plain JSON values."""
     results = {}
     for name, windows in sets.items():
-        found = score(model, windows, batch_size=batch_size, progress=progress)
+        found = score(model, windows, batch_size=batch_size, progress=progress, observer=observer)
         if found.halvings:
             batch_size = found.batch_size  # what did not fit once will not fit for the next text
         results[name] = {
@@ -239,7 +268,7 @@ def evaluate_texts(
             "bos": windows.bos,
             "origin": windows.source.origin,
             "sha256": windows.source.sha256,
-            "protocol": PROTOCOL,
+            "protocol": windows.protocol,
             "shortfall": windows.shortfall,
             "batch_size": found.batch_size,
             "batch_halvings": found.halvings,
