@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from typing import Any
 
 INTERNAL, USER, CONTRACT, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
@@ -45,12 +46,15 @@ def exit_code(error: BaseException | None) -> int:
     return USER if mendable else INTERNAL
 
 
+# torch is not imported to ask for its type; its CPU allocator and the libraries of CUDA have none of their own.
+_NO_MEMORY = re.compile(r"can't allocate memory|CUDA error: out of memory|STATUS_(ALLOC_FAILED|NOT_ENOUGH_WORKSPACE)")
+
+
 def out_of_memory(error: BaseException) -> bool:
-    # torch is not imported to ask for its type; its CPU allocator has none of its own.
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+        or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
     )
 
 

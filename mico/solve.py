@@ -32,7 +32,7 @@ from mico.runs import RunFolder, pack_weight, unpack_weight
 from mico.settings import Compression
 from mico.stages import Groups, Preparation, Statistics
 from mico.team import Balance, Team
-from mico.walk import Block, walk
+from mico.walk import Block
 
 SAFETY = 2e-3  # bits a weight kept back, so that the last mask cannot push the stored size over the plain layout
 
@@ -82,6 +82,7 @@ class Solver:
         self.team = self.preparation.team
         self.balance = Balance(self.team.size)
         self.shares: list[dict[str, Any]] = []  # of the processes, when all is solved
+        self.halvings = 0  # of the calibration batches of this process, for want of memory
 
     def solve(self, loaded: LoadedModel, found: Statistics | None, made: Groups | None) -> list[dict[str, Any]]:
         """Compress `loaded` in place, block by block; return one record a Linear.
@@ -109,10 +110,7 @@ class Solver:
     ) -> list[dict[str, Any]]:
         """The part of every process: `done` blocks are read, the others solved together."""
         run, records = self.run, []
-        blocks = walk(
-            loaded.model, loaded.family, self.preparation.batches, paired=self.settings.method in PAIRED,
-            resident=loaded.part, share=self.team.share,
-        )  # fmt: skip
+        blocks = self.preparation.walk(self.settings.method in PAIRED, None if run is None else run.path)
         with self.console.bar("compress", self.preparation.blocks()) as advance:
             for block in blocks:
                 if block.index < done:
@@ -125,6 +123,7 @@ class Solver:
                         for record in finished.records:
                             run.log_layer(record)
                 records += finished.records
+                self.halvings = block.halvings
                 advance(f"block {block.index}, error {max(record['error'] for record in finished.records):.3g}")
                 del finished  # its codes are on disk: they need not live while the next block is solved
         return records
@@ -133,7 +132,8 @@ class Solver:
         """What every process of the team did, by rank."""
         own = dict(rank=self.team.rank, device=str(self.preparation.device), peak_host_bytes=peak_host_bytes())
         rounded = {name: round(value, 3) for name, value in self.spent.items()}
-        return self.team.gathered(own | rounded | dict(share=self.balance.share(self.team.rank)))
+        own |= rounded | dict(share=self.balance.share(self.team.rank), batch_halvings=self.halvings)
+        return self.team.gathered(own)
 
     def _restore(self, block: Block, budget: Budget | None) -> Finished:
         known = ({}, {}, []) if self.run is None else self.run.read_block(block.index)

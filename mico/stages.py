@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,14 @@ class Preparation:
         """The calibration inputs as the model is called with them."""
         return token_batches(self.windows.ids_NT, self.source.batch_size)
 
+    def walk(self, paired: bool = False, folder: Path | None = None) -> Iterator[Block]:
+        """The blocks of the model, with the batches that this process carries; folder: for what memory cannot hold."""
+        loaded = self.load()
+        return walk(
+            loaded.model, loaded.family, self.batches, paired=paired, resident=loaded.part, share=self.team.share,
+            folder=folder, tell=self.console.note,
+        )  # fmt: skip
+
     def blocks(self) -> int:
         return int(self.config.get_text_config().num_hidden_layers)
 
@@ -183,14 +191,19 @@ class StreamMeter:
         self, channels: int, device: torch.device, rows: list[int] | None = None, share: slice = slice(None)
     ) -> None:
         self.moments, self.reservoir = SecondMoments.empty(channels, device), Reservoir(channels, total=sum(rows or ()))
-        self._starts = None
+        self._places: list[list[int]] | None = None  # [first row still to come, rows still to come] of every batch
         if rows is not None:
-            places = list(zip([0, *accumulate(rows)][:-1], rows, strict=True))
-            self._starts = iter([start for start, length in places[share] if length])
+            places = zip([0, *accumulate(rows)][:-1], rows, strict=True)
+            self._places = [[start, length] for start, length in list(places)[share] if length]
 
     def add(self, x_TC: torch.Tensor) -> None:
-        if self._starts is not None:
-            self.reservoir.seen = next(self._starts)
+        """Add the rows of a batch, or of a part of one where batches were halved."""
+        if self._places is not None:
+            place = self._places[0]
+            self.reservoir.seen = place[0]
+            place[:] = place[0] + len(x_TC), place[1] - len(x_TC)
+            if not place[1]:
+                del self._places[0]
         self.moments.add(x_TC)
         self.reservoir.add(x_TC)
 
@@ -234,7 +247,7 @@ def statistics(preparation: Preparation, folder: str | None = None) -> Statistic
     def make(run: RunFolder, advance: Callable[[str], None]) -> None:
         preparation.load()
         with preparation.together("statistics", run.finished):
-            for block, meters in measured(preparation, run.finished):
+            for block, meters in measured(preparation, run.finished, run.path):
                 tensors = {}
                 for stream, meter in meters.items():
                     tensors[f"{stream}/sum"] = meter.moments.sum_C
@@ -246,10 +259,12 @@ def statistics(preparation: Preparation, folder: str | None = None) -> Statistic
     return Statistics(kept_stage("statistics", place, identity, preparation.blocks(), preparation.console, make))
 
 
-def measured(preparation: Preparation, finished: int) -> Iterator[tuple[Block, dict[str, StreamMeter]]]:
+def measured(
+    preparation: Preparation, finished: int, folder: Path | None = None
+) -> Iterator[tuple[Block, dict[str, StreamMeter]]]:
     """The blocks from `finished` on with a meter a stream, which has seen all batches in the first process."""
     team, loaded = preparation.team, preparation.load()
-    for block in walk(loaded.model, loaded.family, preparation.batches, resident=loaded.part, share=team.share):
+    for block in preparation.walk(folder=folder):
         if block.index < finished:
             continue
         if team.alone:
@@ -263,8 +278,8 @@ def measured(preparation: Preparation, finished: int) -> Iterator[tuple[Block, d
 
 
 def _in_turn(device: torch.device, rows: dict[str, list[int]], share: slice) -> Callable[[int], StreamMeter]:
-    """Makes the meters of a block, which asks for them in the order of the family's streams."""
-    in_turn = iter(rows.values())
+    """Makes the meters of a block, which asks for them in the order of the family's streams, each time it measures."""
+    in_turn = cycle(rows.values())
     return lambda channels: StreamMeter(channels, device, next(in_turn), share)
 
 

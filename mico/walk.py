@@ -2,20 +2,22 @@
 
 `walk` yields one `Block` at a time; the caller measures streams and replaces weights, then the walk moves the
 activations through the block as it now is. When `paired`, a second track carries the dense model's activations
-of the same tokens. Suffixes: N windows, B windows of a batch, T tokens, C channels.
+of the same tokens. Where memory runs out over a batch, all batches are halved and the pass over them starts anew.
+Suffixes: N windows, B windows of a batch, T tokens, C channels.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
+from mico.activations import Activations, Batch, Carrier, Found
 from mico.adapters.family import Family, Stream, linears_of, lookup, waves
 from mico.channels.meters import PairedMoments
 from mico.channels.products import FastLinears
@@ -30,7 +32,6 @@ class Meter(Protocol):
     def add(self, x_TC: torch.Tensor) -> None: ...
 
 
-Batch = Mapping[str, torch.Tensor]  # what the model is called with: input_ids, later also pixel_values
 AnyMeter = TypeVar("AnyMeter", bound=Meter)
 
 MOMENTS_BYTES = 4 * 2**30  # of the moments of experts that are measured in one pass
@@ -41,25 +42,22 @@ class _Stop(Exception):
     """Raised by a hook once everything asked for has been seen: the rest of the block need not run."""
 
 
-@dataclass(frozen=True)
-class _Call:
-    """The arguments a block gets beside the hidden states; they depend on the block and the batch's shape only."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 class Block:
     """One block on its way through the walk, with the inputs it gets from the blocks before it."""
 
-    def __init__(self, index: int, module: nn.Module, family: Family, walker: _Walker, dense: nn.Module | None) -> None:
+    def __init__(self, index: int, module: nn.Module, family: Family, walker: Carrier, dense: nn.Module | None) -> None:
         self.index, self.module, self._family, self._walker, self._dense = index, module, family, walker, dense
         self.streams: dict[str, dict[str, nn.Linear]] = {s.name: linears_of(module, s) for s in family.streams}
-        self.outputs: list[torch.Tensor] | None = None
+        self.outputs: Activations | None = None
 
     @property
     def family(self) -> Family:
         return self._family
+
+    @property
+    def halvings(self) -> int:
+        """How often the batches were halved for want of memory, up to here."""
+        return self._walker.halvings
 
     def shape(self, stream: str) -> tuple[int, int]:
         """Rows of all Linears of a stream, and its channels."""
@@ -81,31 +79,42 @@ class Block:
         has seen nothing.
         """
         wanted = [s for s in self._family.streams if streams is None or s.name in streams]
+        meters, outputs = self._fitting(lambda: self._measure(new_meter, wanted, whole=streams is None))
+        self.outputs = outputs if streams is None else None
+        return meters
+
+    def _measure(
+        self, new_meter: Callable[[int], AnyMeter], wanted: Sequence[Stream], whole: bool
+    ) -> tuple[dict[str, AnyMeter], Activations]:
         meters = {s.name: new_meter(self._channels(s)) for s in wanted}
-        whole = streams is None
-        outputs = []
+        outputs = Activations(self._walker.inputs.folder)
         for batch, x_BTC in zip(self._walker.numbers, self._walker.inputs, strict=True):
 
             def digest(stream: Stream, x_TC: torch.Tensor, batch: int = batch) -> None:
                 with self._naming(stream, batch):
                     meters[stream.name].add(x_TC)
 
-            outputs.append(self._capture(self.module, wanted, x_BTC, digest, stop=not whole))
-        self.outputs = outputs if whole else None
-        return meters
+            out_BTC = self._capture(self.module, wanted, x_BTC, digest, stop=not whole)
+            if whole:
+                outputs.append(out_BTC)
+        return meters, outputs
 
     @torch.no_grad()
     def expert_rows(self) -> dict[str, list[int]]:
-        """How many rows every stream of an expert gets from each batch that is carried here."""
+        """How many rows every stream of an expert gets from each batch that is carried here, as batches were given."""
         experts = [s for s in self._family.streams if s.expert is not None]
-        counts: dict[str, list[int]] = {s.name: [] for s in experts}
+        return self._fitting(lambda: self._expert_rows(experts)) if experts else {}
 
-        def count(stream: Stream, x_TC: torch.Tensor) -> None:
-            counts[stream.name][-1] = len(x_TC)
+    def _expert_rows(self, experts: Sequence[Stream]) -> dict[str, list[int]]:
+        walker = self._walker
+        counts = {s.name: [0] * len(walker.given) for s in experts}
+        for number, x_BTC in zip(walker.numbers, walker.inputs, strict=True):
 
-        for x_BTC in self._walker.inputs if experts else ():
-            for rows in counts.values():
-                rows.append(0)
+            def count(
+                stream: Stream, x_TC: torch.Tensor, place: int = walker.given.index(walker.whole(number))
+            ) -> None:
+                counts[stream.name][place] += len(x_TC)
+
             self._capture(self.module, experts, x_BTC, count, stop=False)
         return counts
 
@@ -129,9 +138,12 @@ class Block:
         The dense path's tokens go to the experts that the compressed path chooses, so that rows correspond: an
         expert is asked for what the dense one would have made of the tokens it will really get.
         """
-        assert self._dense is not None, "walk(..., paired=True) is needed"
-        moments = {s.name: PairedMoments(self._channels(s), self._walker.device) for s in streams}
+        return self._fitting(lambda: self._measure_wave(streams))
+
+    def _measure_wave(self, streams: Sequence[Stream]) -> dict[str, PairedMoments]:
         walker = self._walker
+        assert self._dense is not None and walker.dense_inputs is not None, "walk(..., paired=True) is needed"
+        moments = {s.name: PairedMoments(self._channels(s), walker.device) for s in streams}
         for batch, x_BTC, dense_BTC in zip(walker.numbers, walker.inputs, walker.dense_inputs, strict=True):
             with _routes(self.module, None) as chosen:
                 rows = self._rows(self.module, streams, x_BTC)
@@ -154,15 +166,26 @@ class Block:
         """Move both tracks through the block; outputs kept from an unchanged measuring pass are used again."""
         walker = self._walker
         if self._dense is not None:
+            assert walker.dense_inputs is not None
             self._move(self._dense, walker.dense_inputs)
         if self.outputs is not None:
-            walker.inputs = self.outputs
+            walker.inputs, self.outputs = self.outputs, None
         else:
             self._move(self.module, walker.inputs)
 
-    def _move(self, module: nn.Module, inputs: list[torch.Tensor]) -> None:
-        for batch, x_BTC in enumerate(inputs):  # in place: the old activations go as the new ones come
-            inputs[batch] = self._run(module, x_BTC)
+    def _move(self, module: nn.Module, inputs: Activations) -> None:
+        moved = 0  # windows: their batches may be cut on the way
+
+        def move() -> None:
+            nonlocal moved
+            for place in range(inputs.place(moved), len(inputs)):  # the old activations go as the new ones come
+                inputs[place] = self._run(module, inputs[place])
+                moved += inputs.sizes[place]
+
+        self._fitting(move)
+
+    def _fitting(self, work: Callable[[], Found]) -> Found:
+        return self._walker.fitting(work, f"block {self.index}")
 
     def _channels(self, stream: Stream) -> int:
         return self.streams[stream.name][stream.linears[0]].in_features
@@ -250,39 +273,6 @@ def _routes(root: nn.Module, chosen: dict[str, tuple[Any, ...]] | None) -> Itera
             handle.remove()
 
 
-class _Walker:
-    """Hidden states between blocks (on the host) and the arguments every block is called with."""
-
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, batches: Mapping[int, Batch], paired: bool) -> None:
-        self.device, self.numbers = next(model.parameters()).device, list(batches)
-        self.calls: dict[tuple[int, torch.Size], _Call] = {}
-        self.inputs: list[torch.Tensor] = []
-        base = getattr(model, "base_model", model)
-        for batch in batches.values():
-            self._record(base, blocks, batch)
-        self.dense_inputs = list(self.inputs) if paired else []
-
-    def _record(self, base: nn.Module, blocks: nn.ModuleList, batch: Batch) -> None:
-        """One forward in which every block only notes how it was called: exact masks and positions, layer by layer."""
-
-        def recorder(index: int) -> Callable[..., torch.Tensor]:
-            def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-                if index == 0:
-                    self.inputs.append(hidden_states.to("cpu"))
-                self.calls.setdefault((index, hidden_states.shape), _Call(args, kwargs))
-                return hidden_states
-
-            return forward
-
-        try:
-            for index, block in enumerate(blocks):
-                block.forward = recorder(index)
-            base(**{name: tensor.to(self.device) for name, tensor in batch.items()}, use_cache=False)
-        finally:
-            for block in blocks:
-                del block.forward
-
-
 Resident = Callable[[int | None], AbstractContextManager[Any]]  # inside, a block (None: the rest) is in memory
 
 
@@ -294,18 +284,22 @@ def walk(
     paired: bool = False,
     resident: Resident = nullcontext,
     share: slice = slice(None),
+    folder: Path | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Block]:
     """Yield the blocks of `model` in order, each with the inputs that the blocks before it really produce.
 
     batches: calibration inputs (`token_batches` for text), without padding. paired: also carry the dense model's
     activations (one more copy of them, and of one block). resident: for models whose blocks are not all in memory
-    (`LoadedModel.part`). share: the batches that this process carries, where several have a part each. No graph is
-    built, no global state is touched: gradients are on between the blocks if they were.
+    (`LoadedModel.part`). share: the batches that this process carries, where several have a part each. folder: for the
+    hidden states, where they would fill the memory (None: the system's for temporary files). tell: hears, in a line,
+    when that happens and when batches are halved for want of memory. No graph is built, no global state is touched:
+    gradients are on between the blocks if they were.
     """
     blocks = lookup(model, family.blocks)
     assert isinstance(blocks, nn.ModuleList)
     with torch.no_grad(), resident(None):
-        walker = _Walker(model, blocks, dict(list(enumerate(batches))[share]), paired)
+        walker = Carrier(model, blocks, dict(list(enumerate(batches))[share]), paired, folder, tell)
     for index, module in enumerate(blocks):
         with resident(index):
             block = Block(index, module, family, walker, copy.deepcopy(module) if paired else None)
