@@ -59,8 +59,10 @@ __all__ = [
     "save_tensors",
     "sha256_file",
     "unpack_weight",
+    "versions",
 ]
 MANIFEST, LOCK, BLOCKS, LAYERS, REPORT = "manifest.json", ".lock", "blocks", "layers.jsonl", "report.json"
+EVALUATION = "eval"  # what mico eval found later, no output of the run
 FORMAT, VERSION = "mico-run", 1
 _HEADER = "mico"  # the one metadata key of a block file
 
@@ -133,7 +135,7 @@ class RunFolder:
         with writing(self.path):
             _remove_temporary(self.path)
             _remove_temporary(self.path / BLOCKS)
-        now, here = _now(), _environment()
+        now, here = _now(), versions()
         if known is None or not resume:
             known = dict(format=FORMAT, version=VERSION, arguments=arguments, started=now, environment=here, blocks={})
         self.environment_changes = differences(known["environment"], here)
@@ -248,7 +250,7 @@ class RunFolder:
     def _output_names(self) -> list[str]:
         names = (file.relative_to(self.path) for file in self.path.rglob("*") if file.is_file())
         ours = (name for name in names if not any(part.startswith(".") for part in name.parts))
-        return sorted(name.as_posix() for name in ours if name.parts[0] not in (MANIFEST, BLOCKS))
+        return sorted(name.as_posix() for name in ours if name.parts[0] not in (MANIFEST, BLOCKS, EVALUATION))
 
     @functools.cached_property
     def damaged(self) -> list[str]:
@@ -320,7 +322,7 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def _environment() -> dict[str, Any]:
+def versions() -> dict[str, Any]:
     """What may change the bits of a result beside the arguments."""
     versions = {name: _version(name) for name in ("torch", "transformers", "mico")}
     return dict(
