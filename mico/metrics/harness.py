@@ -182,6 +182,7 @@ def _run(
 ) -> tuple[dict[str, Any], list[str]]:
     """Run one task; return what is kept of it as plain JSON values, and a line of JSON a question when asked for."""
     from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     model.task, halvings, started = name, model.halvings, time.monotonic()
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
@@ -189,6 +190,7 @@ def _run(
         result: Any = simple_evaluate(
             model, tasks=[task], num_fewshot=settings.num_fewshot, limit=settings.limit,
             batch_size=settings.batch_size, device=str(model.device), log_samples=settings.log_samples,
+            task_manager=TaskManager(include_defaults=False),  # the task is made: no index needs to be read
             **dict.fromkeys(seeds, settings.seed),
         )  # fmt: skip
     samples = result.pop("samples", {}).get(name, [])
