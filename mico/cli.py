@@ -34,6 +34,7 @@ from mico.errors import (
 
 BROKEN_PIPE = 141  # what a shell reports for a program that a closed pipe ended
 _KEPT = "finished blocks are kept, the same command again goes on after them"
+_TASKS_KEPT = "finished tasks are kept, the same command again goes on after them"
 _USAGE: type[Exception] = typer.BadParameter.__mro__[2]  # ClickException, wherever this version of typer keeps it
 
 
@@ -185,22 +186,27 @@ def compress(
 
 @app.command("eval", epilog="Example: mico eval results/tiny-llama-mico-1a2b3c4d --eval all --data-dir texts")
 def evaluate(
-    model: o.Model, eval: o.Eval = None, data_dir: o.DataDir = None, data_file: o.EvalFile = None,
-    seqlen: o.Seqlen = None, batch_size: o.BatchSize = 8, offline: o.Offline = False,
-    trust_remote_code: o.TrustRemoteCode = False, device: o.Device = "auto", dtype: o.Dtype = "auto",
-    json: o.JsonFile = None, debug: o.Debug = False, verbose: o.Verbose = 0, quiet: o.Quiet = False,
+    model: o.Model, eval: o.EvalTexts = None, protocol: o.Protocol = "sparsegpt", data_dir: o.DataDir = None,
+    data_file: o.EvalFile = None, seqlen: o.Seqlen = None, batch_size: o.BatchSize = 8, offline: o.Offline = False,
+    trust_remote_code: o.TrustRemoteCode = False, dense: o.Dense = None, kl: o.Kl = None, tasks: o.Tasks = None,
+    include_path: o.IncludePath = None, num_fewshot: o.NumFewshot = None, limit: o.Limit = None,
+    log_samples: o.LogSamples = False, samples: o.Samples = 0, device: o.Device = "auto", dtype: o.Dtype = "auto",
+    output_path: o.OutputPath = None, json: o.JsonFile = None, debug: o.Debug = False, verbose: o.Verbose = 0,
+    quiet: o.Quiet = False,
 ) -> None:  # fmt: skip
-    """Perplexity of a model, or of the model in a run folder, by the protocol of SparseGPT."""
+    """Measure a model or a run folder: perplexity, KL divergence to the dense model, tasks of lm-eval, samples."""
     _before_imports(offline, quiet)
     from mico.evaluate import evaluate as run
-    from mico.summary import scores_section
+    from mico.metrics.sections import evaluation_sections
+    from mico.tables import print_sections
 
     result = run(
-        model, eval=eval, data_dir=data_dir, data_file=data_file, seqlen=seqlen, batch_size=batch_size,
-        device=device, dtype=dtype, offline=offline, trust_remote_code=trust_remote_code, json=json,
-        console=_console(quiet, verbose),
+        model, eval=eval, protocol=protocol, data_dir=data_dir, data_file=data_file, seqlen=seqlen,
+        batch_size=batch_size, dense=dense, kl=kl, tasks=tasks, include_path=include_path, num_fewshot=num_fewshot,
+        limit=limit, log_samples=log_samples, samples=samples, device=device, dtype=dtype, offline=offline,
+        trust_remote_code=trust_remote_code, output_path=output_path, json=json, console=_console(quiet, verbose),
     )  # fmt: skip
-    _show(scores_section(result))
+    print_sections(evaluation_sections(result), _output())
 
 
 @app.command(epilog="Example: mico export results/tiny-llama-mico-1a2b3c4d --to dense")
@@ -249,7 +255,7 @@ def import_llava(
 def report(
     runs: o.Runs, json: o.JsonFile = None, markdown: o.MarkdownFile = None, debug: o.Debug = False
 ) -> None:  # fmt: skip
-    """Show the report of a run again, or compare several in one table."""
+    """Show the report of a run again, or compare several: mean and sd over seeds, paired t-tests, ablation tables."""
     from mico.report import report as run
 
     run(runs, json=json, markdown=markdown, console=_output())
@@ -349,9 +355,9 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[int, s
         message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
         return USER, f"error: {message} (mico {_hyphens(command)} --help tells more)".replace("mico  ", "mico ")
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, f"interrupted: {_what_is_kept(command)}"
+        return INTERRUPTED, f"interrupted: {_what_is_kept(command, arguments)}"
     if isinstance(error, Terminated):
-        return TERMINATED, f"terminated: {_what_is_kept(command)}"
+        return TERMINATED, f"terminated: {_what_is_kept(command, arguments)}"
     if out_of_memory(error):
         return (
             USER,
@@ -366,7 +372,9 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[int, s
     return INTERNAL, f"internal error: {named[:300]}; run again with --debug for the traceback"
 
 
-def _what_is_kept(command: str) -> str:
+def _what_is_kept(command: str, arguments: Sequence[str]) -> str:
+    if command == "eval" and any(word.startswith("--tasks") for word in arguments):
+        return _TASKS_KEPT
     return _KEPT if _hyphens(command) in ("calibrate", "mi-group", "compress") else "nothing was written"
 
 

@@ -1,20 +1,40 @@
-"""Verb: perplexity of a model by the protocol of SparseGPT (mico eval)."""
+"""Verb: a model measured by perplexity, distance to its dense model, tasks of lm-eval and samples (mico eval)."""
 
 from __future__ import annotations
 
+import gc
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mico.callable import callable_module
+from mico.checkpoint import MANIFEST as PACKED_MANIFEST
 from mico.console import Console
 from mico.data import TEXTS, Windows
 from mico.errors import UserError
 from mico.files import atomic_json, read_json
-from mico.loading import context_length, is_reference, load_config, load_model, load_tokenizer, pick_device, resolve
+from mico.loading import (
+    LoadedModel,
+    context_length,
+    is_reference,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    resolve,
+)
+from mico.metrics.divergence import DenseReference
+from mico.metrics.generation import Prompt, continuations, cut_prompts
+from mico.metrics.harness import check_tasks, run_tasks
 from mico.metrics.perplexity import (
     PROTOCOL,
+    Observer,
     Progress,
     default_texts,
     evaluate_texts,
@@ -22,76 +42,128 @@ from mico.metrics.perplexity import (
     parse_texts,
     protocol_line,
 )
+from mico.runs import EVALUATION, MANIFEST, versions
 from mico.summary import check_writable
 
 callable_module(__name__)
-MODEL, MANIFEST = "model", "manifest.json"  # inside a run folder
+MODEL = "model"  # inside a run folder
+RESULTS = "results.json"  # inside the output folder
+SAME = 4000  # characters of a text that two tokenizers must cut alike
+LM_EVAL = ("results", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "config")
+ELSEWHERE = ("tasks", "n-shot")  # of the report, at the top level of results.json
 
 
 def evaluate(
     model: str,
     *,
     eval: str | Sequence[str] | None = None,
+    protocol: str = PROTOCOL,
     data_dir: str | None = None,
     data_file: str | None = None,
     seqlen: int | None = None,
     batch_size: int = 8,
+    dense: str | None = None,
+    kl: bool | None = None,
+    tasks: str | Sequence[str] | None = None,
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    log_samples: bool = False,
+    samples: int = 0,
     device: str = "auto",
     dtype: str = "auto",
     offline: bool = False,
     trust_remote_code: bool = False,
+    output_path: str | None = None,
     json: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Measure `model`: a hub id, an alias, a local folder, or a run folder of mico (its `model/`).
 
-    eval: names, 'wikitext2,ptb' or 'all'. None: only `data_file` when there is one, else the texts of the run
-    for a run folder, else `default_texts`. A `data_file` given beside `eval` is measured too.
-    Returns plain JSON values, also written to `json`: `perplexity` by text, and under `texts` what is needed
-    to repeat each. Raises UserError before any weight is read when a text, the model or an option is wrong.
+    eval: names, 'wikitext2,ptb' or 'all'. None: no text when there are `tasks`, only `data_file` when there is one,
+    else the texts of the run for a run folder, else `default_texts`. A `data_file` given beside `eval` is measured too.
+    dense: the model to take the KL divergence to; None: the one that a run folder was made from. kl: False leaves it
+    out, True refuses to go on without it. samples: how many prompts the models go on with.
+    Returns plain JSON values, also written to `json`, and in lm-eval's shape to results.json in `output_path` (`eval/`
+    of a run folder when None): `perplexity` and `texts` by text, `dense`, `kl`, `tasks`, `samples`, `notes`. Raises
+    UserError before any weight is read when a text, a task, the model or an option is wrong.
     """
     console = console or Console()
-    if batch_size < 1:
-        raise UserError(f"--batch-size {batch_size}: must be at least 1")
+    chosen = _Tasks(_names(tasks), include_path, num_fewshot, limit, log_samples, batch_size, offline)
+    _check_options(batch_size, samples, chosen)
     if json is not None:
         check_writable("--json", json)
+    output = _output_folder(model, output_path)
+    if log_samples and output is None:
+        raise UserError("--log-samples needs --output-path: a folder to keep what was asked and answered in")
     pick_device(device)
     folder = model_folder(model)
     hub = dict(offline=offline, trust_remote_code=trust_remote_code, packed=True)
     length = context_length(load_config(folder, **hub), seqlen)
+    base = _base(model, folder, dense, kl)
     sets = evaluation_sets(
         load_tokenizer(folder, **hub),
-        _chosen_texts(model, eval, data_dir, data_file),
+        _chosen_texts(model, eval, data_dir, data_file, bool(chosen.names)),
         seqlen=length,
         data_dir=data_dir,
         data_file=data_file,
         offline=offline,
+        protocol=protocol,
     )
+    _check_texts(sets, samples, base)
+    if chosen.names:
+        check_tasks(chosen.names, include_path, offline=offline)
     for windows in sets.values():
         console.note(f"evaluation {protocol_line(windows)}")
-    with console.stage("load"):
-        loaded = load_model(folder, device=device, dtype=dtype, seqlen=seqlen, **hub)  # type: ignore[arg-type]
+    load = dict(device=device, dtype=dtype, seqlen=seqlen, **hub)
+    job = _Job(console, sets, cut_prompts(sets, samples), batch_size, load)
     started = time.monotonic()
-    total = sum(len(windows.ids_NT) for windows in sets.values())
-    with console.stage("evaluate"), console.bar("perplexity", total) as advance:
-        progress = _steps(advance, sets)
-        results = evaluate_texts(loaded.model, sets, batch_size=batch_size, progress=progress)
-    report = {
-        "model": model,
-        "source": loaded.source,
-        "family": loaded.family.name,
-        "fingerprint": loaded.fingerprint,
-        "device": str(loaded.device),
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "seqlen": length,
-        "protocol": PROTOCOL,
-        "perplexity": {name: result["perplexity"] for name, result in results.items()},
-        "texts": results,
-        "seconds": round(time.monotonic() - started, 3),
-    }
+    with ExitStack() as stack:
+        against = job.dense(base, folder, output, stack) if base is not None and sets else None
+        loaded = job.load(folder)
+        report = dict(model=model, **_facts(loaded), seqlen=length, protocol=protocol)
+        with loaded.running():
+            report |= job.compressed(loaded, against)
+            found = chosen.run(loaded, output, console)
+    report |= {"tasks": found["results"], "n-shot": found["n-shot"], "notes": job.notes}
+    report["seconds"] = round(time.monotonic() - started, 3)
+    if output is not None:
+        own = {name: value for name, value in report.items() if name not in ELSEWHERE}
+        atomic_json(output / RESULTS, found | {"mico": own | dict(environment=versions(), command=sys.argv)})
+        console.note(f"eval: written to {output / RESULTS}")
     if json is not None:
         atomic_json(json, report)
     return report
+
+
+# --- what is asked for ----------------------------------------------------------------------------------------------
+
+
+def _names(tasks: str | Sequence[str] | None) -> tuple[str, ...]:
+    """'a, b' -> ('a', 'b')."""
+    if tasks is None:
+        return ()
+    names = tuple(name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks) if name.strip())
+    if not names:
+        raise UserError(f"--tasks '{tasks}': name at least one task of lm-eval, several with commas between them")
+    return tuple(dict.fromkeys(names))
+
+
+def _check_options(batch_size: int, samples: int, tasks: _Tasks) -> None:
+    if batch_size < 1:
+        raise UserError(f"--batch-size {batch_size}: must be at least 1")
+    if samples < 0:
+        raise UserError(f"--samples {samples}: must be at least 0")
+    for option in ("include_path", "num_fewshot", "limit", "log_samples"):
+        if getattr(tasks, option) not in (None, False) and not tasks.names:
+            raise UserError(f"--{option.replace('_', '-')} has no effect without --tasks: name tasks, or leave it out")
+
+
+def _check_texts(sets: Mapping[str, Windows], samples: int, base: Base | None) -> None:
+    if not sets and samples:
+        raise UserError(f"--samples {samples}: prompts are cut from texts: name some with --eval")
+    if not sets and base is not None and base.asked:
+        raise UserError("--dense and --kl compare on texts: name some with --eval")
 
 
 def model_folder(model: str) -> str:
@@ -111,23 +183,202 @@ def _is_run(path: Path) -> bool:
     return (path / MANIFEST).is_file() and not (path / "config.json").exists()
 
 
+def _arguments(run: Path) -> dict[str, Any]:
+    arguments = read_json(run / MANIFEST).get("arguments")
+    return arguments if isinstance(arguments, dict) else {}
+
+
+def _output_folder(model: str, output_path: str | None) -> Path | None:
+    """Where results.json goes, made and found writable; None where nothing is to be written."""
+    run = Path(resolve(model)).expanduser()
+    if output_path is None and not _is_run(run):
+        return None
+    output = run / EVALUATION if output_path is None else Path(output_path)
+    check_writable("--output-path", output / RESULTS)
+    return output
+
+
 def _chosen_texts(
-    model: str, texts: str | Sequence[str] | None, data_dir: str | None, data_file: str | None
+    model: str, texts: str | Sequence[str] | None, data_dir: str | None, data_file: str | None, tasks: bool
 ) -> tuple[str, ...]:
     if texts is not None:
         chosen = parse_texts(texts if isinstance(texts, str) else ",".join(texts))
-        if not chosen and data_file is None:
-            raise UserError("--eval none: name a text to measure on, or give --data-file")
+        if not chosen and data_file is None and not tasks:
+            raise UserError("--eval none: name a text to measure on, or give --data-file or --tasks")
         return chosen
-    if data_file is not None:
+    if data_file is not None or tasks:
         return ()
     run = Path(model).expanduser()
     if _is_run(run):
-        arguments = read_json(run / MANIFEST).get("arguments")
-        measured = arguments.get("eval") if isinstance(arguments, dict) else None
+        measured = _arguments(run).get("eval")
         if isinstance(measured, Mapping) and measured and all(name in TEXTS for name in measured):
             return tuple(measured)
     return default_texts(is_reference(model), data_dir)
+
+
+# --- tasks of lm-eval -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Tasks:
+    """Which tasks, and how: as `run_tasks` takes them."""
+
+    names: tuple[str, ...]
+    include_path: str | None
+    num_fewshot: int | None
+    limit: float | None
+    log_samples: bool
+    batch_size: int
+    offline: bool
+
+    def run(self, loaded: LoadedModel, output: Path | None, console: Console) -> dict[str, Any]:
+        """lm-eval's dictionary of results; of the same shape, and empty, without tasks."""
+        if not self.names:
+            return {name: {} for name in LM_EVAL}
+        options = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "names"}
+        model, mark = loaded.model, loaded.fingerprint
+        with console.stage("tasks"):
+            return run_tasks(
+                model, loaded.tokenizer, self.names, output, model_fingerprint=mark, console=console, **options
+            )
+
+
+# --- the dense model ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Base:
+    """The dense model to compare with. asked: the user wants it, so that going on without it is an error."""
+
+    name: str
+    asked: bool
+    fingerprint: str | None = None  # where it is known what was compressed
+
+
+def _base(model: str, folder: str, dense: str | None, kl: bool | None) -> Base | None:
+    if kl is False:
+        if dense is not None:
+            raise UserError(f"--dense {dense} contradicts --no-kl: leave one of them out")
+        return None
+    if dense is not None:
+        return Base(model_folder(dense), True)
+    run, packed = Path(resolve(model)).expanduser(), Path(resolve(folder)).expanduser() / PACKED_MANIFEST
+    name = mark = None
+    if _is_run(run):
+        name, mark = _arguments(run).get("name"), _arguments(run).get("model")
+    elif packed.is_file():
+        name = read_json(packed).get("base_model")
+    if isinstance(name, str):
+        return Base(name, bool(kl), mark)
+    if kl:
+        raise UserError(f"--kl: it is not known what {model} was made from: name the dense model with --dense")
+    return None
+
+
+@dataclass
+class _Dense:
+    """What was found of the dense model, and its logits to compare with."""
+
+    record: dict[str, Any]
+    written: list[str]
+    reference: DenseReference
+
+
+@dataclass
+class _Job:
+    """One model measured, after its dense model where there is one; never both in memory."""
+
+    console: Console
+    sets: dict[str, Windows]
+    prompts: list[Prompt]
+    batch_size: int
+    options: dict[str, Any]  # of load_model
+    notes: list[str] = field(default_factory=list)
+
+    def load(self, folder: str) -> LoadedModel:
+        with self.console.stage("load"):
+            return load_model(folder, **self.options)
+
+    def dense(self, base: Base, folder: str, output: Path | None, stack: ExitStack) -> _Dense | None:
+        """Measure the dense model and let go of it; None, and a note, when it cannot be had and nobody asked."""
+        try:
+            loaded = self._load_dense(base, folder)
+        except UserError as error:
+            if base.asked:
+                raise
+            self.notes.append(f"KL to the dense model is left out ({error}); --dense names another, --no-kl is silent")
+            self.console.note(self.notes[-1])
+            return None
+        vocabulary = loaded.model.config.get_text_config().vocab_size
+        reference = stack.enter_context(DenseReference(self.sets, vocabulary, folder=output))
+        with loaded.running():
+            texts = self._measure(loaded, "perplexity, dense", reference.record)
+            written = self._continue(loaded)
+        reference.finish()
+        record = dict(model=base.name, **_facts(loaded), perplexity=_perplexities(texts), texts=texts)
+        del loaded
+        _free()
+        return _Dense(record, written, reference)
+
+    def _load_dense(self, base: Base, folder: str) -> LoadedModel:
+        hub = {name: self.options[name] for name in ("offline", "trust_remote_code", "packed")}
+        sizes = [load_config(name, **hub).get_text_config().vocab_size for name in (base.name, folder)]
+        tokenizers = [load_tokenizer(name, **hub) for name in (base.name, folder)]
+        texts = [windows.source.joiner.join(windows.source.documents[:100])[:SAME] for windows in self.sets.values()]
+        if sizes[0] != sizes[1] or any(tokenizers[0](t).input_ids != tokenizers[1](t).input_ids for t in texts):
+            raise UserError(f"model {base.name}: its vocabulary or tokenizer is another than that of {folder}")
+        loaded = self.load(base.name)
+        if base.fingerprint not in (None, loaded.fingerprint):
+            raise UserError(f"model {base.name}: its weights are not those that were compressed")
+        return loaded
+
+    def compressed(self, loaded: LoadedModel, against: _Dense | None) -> dict[str, Any]:
+        """What is told of the model itself: perplexities, the distance to the dense one, samples."""
+        texts = self._measure(loaded, "perplexity", against.reference.compare if against else None)
+        kl = None
+        if against:
+            kl = against.reference.overall()
+            for name, found in against.reference.results().items():
+                texts[name] |= found
+        samples = [
+            dict(
+                text=prompt.text, window=prompt.window, prompt=loaded.tokenizer.decode(prompt.ids_T), continuation=text
+            )
+            for prompt, text in zip(self.prompts, self._continue(loaded), strict=True)
+        ]
+        for sample, written in zip(samples, against.written if against else (), strict=False):
+            sample["dense"] = written
+        record = against.record if against else None
+        return dict(perplexity=_perplexities(texts), texts=texts, dense=record, kl=kl, samples=samples)
+
+    def _measure(self, loaded: LoadedModel, label: str, observer: Observer | None) -> dict[str, dict[str, Any]]:
+        total = sum(len(windows.ids_NT) for windows in self.sets.values())
+        with self.console.stage("evaluate"), self.console.bar(label, total) as advance:
+            progress = _steps(advance, self.sets)
+            size = self.batch_size
+            return evaluate_texts(loaded.model, self.sets, batch_size=size, progress=progress, observer=observer)
+
+    def _continue(self, loaded: LoadedModel) -> list[str]:
+        with self.console.stage("samples"):
+            return continuations(loaded.model, loaded.tokenizer, self.prompts)
+
+
+def _facts(loaded: LoadedModel) -> dict[str, Any]:
+    return dict(
+        source=loaded.source, family=loaded.family.name, fingerprint=loaded.fingerprint, device=str(loaded.device),
+        dtype=str(loaded.dtype).removeprefix("torch."),
+    )  # fmt: skip
+
+
+def _perplexities(texts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    return {name: result["perplexity"] for name, result in texts.items()}
+
+
+def _free() -> None:
+    """Give back the memory of a model that is no longer named: its modules refer to one another."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _steps(advance: Callable[[str], None], sets: Mapping[str, Windows]) -> Progress:

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from mico.profiles import PROFILES
-from mico.settings import ALLOCATIONS, ARMS, CLUSTERINGS, EXPORTS, GROUPINGS, METHOD_NAMES, MI_METHODS
+from mico.settings import ALLOCATIONS, ARMS, CLUSTERINGS, EXPORTS, GROUPINGS, METHOD_NAMES, MI_METHODS, PROTOCOLS
 
 _DATA, _COMPRESSION, _GROUPS, _RUN = "Model and data", "Compression", "Channel groups", "Run"
+_MEASURES = "What is measured"
 
 
 def _option(panel: str, *names: str, help: str, **more: Any) -> Any:
@@ -78,6 +79,61 @@ Eval = Annotated[
 ]  # fmt: skip
 Offline = Annotated[bool, _option(_DATA, "--offline", help="Use what is on this machine; ask no hub.")]
 TrustRemoteCode = Annotated[bool, _option(_DATA, "--trust-remote-code", help="Run code that comes with the model.")]
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+EvalTexts = Annotated[
+    str | None,
+    _option(
+        _MEASURES, "--eval", help="Texts for perplexity, with commas: wikitext2,ptb,c4,docs; or all, or none.",
+        show_default="none with --tasks; else those of a run folder; else as mico compress",
+    ),
+]  # fmt: skip
+Protocol = Annotated[
+    str, _choice(_MEASURES, "--protocol", PROTOCOLS, "By which paper texts are joined and cut into windows.")
+]
+Dense = Annotated[
+    str | None,
+    _option(
+        _MEASURES, "--dense", metavar="MODEL", help="Dense model to compare with: KL divergence, agreement, samples.",
+        show_default="the one that a run folder was made from",
+    ),
+]  # fmt: skip
+Kl = Annotated[
+    bool | None,
+    _option(
+        _MEASURES, "--kl/--no-kl", help="Measure the dense model too, for KL divergence and agreement.",
+        show_default="on where the dense model is known",
+    ),
+]  # fmt: skip
+Tasks = Annotated[
+    str | None,
+    _option(
+        _MEASURES, "--tasks", metavar="NAME,NAME",
+        help="Tasks of lm-eval; mico_choice and mico_rolling come with mico and need no network.",
+    ),
+]  # fmt: skip
+IncludePath = Annotated[
+    str | None, _option(_MEASURES, "--include-path", metavar="DIR", help="Folder with YAML files of more tasks.")
+]
+NumFewshot = Annotated[
+    int | None,
+    _option(_MEASURES, "--num-fewshot", metavar="N", help="Examples before a question.", show_default="the task's own"),
+]
+Limit = Annotated[
+    float | None, _option(_MEASURES, "--limit", metavar="N", help="Questions a task, a share of them when below 1.")
+]
+LogSamples = Annotated[bool, _option(_MEASURES, "--log-samples", help="Keep what tasks asked and what was answered.")]
+Samples = Annotated[
+    int, _option(_MEASURES, "--samples", metavar="N", help="Heads of N windows that the models go on with, greedily.")
+]
+OutputPath = Annotated[
+    str | None,
+    _option(
+        _RUN, "--output-path", metavar="DIR", help="Folder for results.json, in lm-eval's shape, and finished tasks.",
+        show_default="eval/ of a run folder",
+    ),
+]  # fmt: skip
 
 # --- compression ----------------------------------------------------------------------------------------------------
 

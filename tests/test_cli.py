@@ -55,7 +55,9 @@ SURFACE: dict[str, dict[str, Any]] = {
     },
     "eval": {
         "model": None, "--eval": None, "--data-dir": None, "--data-file": None, "--seqlen": None, "--batch-size": 8,
-        "--offline": False, "--trust-remote-code": False, "--device": "auto", "--dtype": "auto", "--json": None, **RUN,
+        "--offline": False, "--trust-remote-code": False, "--device": "auto", "--dtype": "auto", "--json": None,
+        "--protocol": "sparsegpt", "--dense": None, "--kl --no-kl": None, "--tasks": None, "--include-path": None,
+        "--num-fewshot": None, "--limit": None, "--log-samples": False, "--samples": 0, "--output-path": None, **RUN,
     },
     "bench": {
         "model": None, "--prompt-tokens": 128, "--new-tokens": 32, "--batch-size": "1", "--execution": "auto",
