@@ -192,12 +192,8 @@ def _bits(layers: list[dict[str, Any]]) -> Section:
 
 def _errors(layers: list[dict[str, Any]]) -> Section:
     """Relative output error: one row a block and one column a Linear where the blocks are alike."""
-    prefix = _common_prefix([line["layer"] for line in layers])
-    paths = [_any_expert(_inside_block(line, prefix)) for line in layers]
-    names = {path: _short(path) for path in paths}
-    if len(set(names.values())) < len(names):  # two Linears of one name: their whole paths tell them apart
-        names = {path: path for path in paths}
-    blocks = _blocks(layers)
+    paths, blocks = _paths(layers), _blocks(layers)
+    names = _names(paths)
     found: dict[tuple[int, str], float] = {}
     for line, path in zip(layers, paths, strict=True):
         found[line["block"], path] = max(line["error"], found.get((line["block"], path), 0.0))
@@ -329,6 +325,24 @@ def _common_prefix(layers: list[str]) -> str:
 
 def _inside_block(line: dict[str, Any], prefix: str) -> str:
     return line["layer"].removeprefix(f"{prefix}{line['block']}.")
+
+
+def linear_names(layers: list[dict[str, Any]]) -> list[str]:
+    """The name of every layer inside its block, as short as tells them apart; the experts of a block share theirs."""
+    paths = _paths(layers)
+    names = _names(paths)
+    return [names[path] for path in paths]
+
+
+def _paths(layers: list[dict[str, Any]]) -> list[str]:
+    prefix = _common_prefix([line["layer"] for line in layers])
+    return [_any_expert(_inside_block(line, prefix)) for line in layers]
+
+
+def _names(paths: list[str]) -> dict[str, str]:
+    names = {path: _short(path) for path in paths}
+    # Two Linears of one name: their whole paths tell them apart.
+    return names if len(set(names.values())) == len(names) else {path: path for path in paths}
 
 
 def _any_expert(path: str) -> str:
