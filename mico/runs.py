@@ -21,7 +21,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -77,10 +77,13 @@ class RunFolder:
         self._manifest: dict[str, Any] = {}
 
     @classmethod
-    def open(cls, path: str | Path, arguments: dict[str, Any], resume: bool = True) -> RunFolder:
+    def open(
+        cls, path: str | Path, arguments: dict[str, Any], resume: bool = True, wait: Callable[[str], None] | None = None
+    ) -> RunFolder:
         """Create or reopen a run folder, and own it until it is closed or the process ends.
 
-        arguments: JSON values; a folder of other arguments is refused. resume False: start over.
+        arguments: JSON values; a folder of other arguments is refused. resume False: start over. wait: a living run's
+        folder is waited for, after `wait` was told so.
         Raises UserError when the folder cannot be written, is not a run folder, belongs to a living run, or was
         made with other arguments (the first differing fields are named).
         """
@@ -90,7 +93,7 @@ class RunFolder:
             visible = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
         if visible and MANIFEST not in visible:
             raise UserError(f"{path} is not empty ({visible[0]}) and not a run folder: choose another --save folder")
-        run = cls(path, _take_lock(path))
+        run = cls(path, _take_lock(path, wait))
         try:
             run._start(plain(arguments), resume)
         except BaseException:
@@ -276,20 +279,22 @@ class RunFolder:
 # --- the lock and the manifest --------------------------------------------------------------------------------------
 
 
-def _take_lock(path: Path) -> int:
+def _take_lock(path: Path, wait: Callable[[str], None] | None) -> int:
     """The descriptor of the locked `.lock`; the kernel frees it when its owner ends, however it ends."""
     with writing(path):
         descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.pread(descriptor, 200, 0).decode(errors="replace") or "pid unknown"
+                used = f"{path} is in use by another run ({owner}): wait"
+                if wait is None:
+                    raise UserError(f"{used} for it or choose another --save") from None
+                wait(f"{used}ing for it")
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode())
-        except BlockingIOError:
-            owner = os.pread(descriptor, 200, 0).decode(errors="replace") or "pid unknown"
-            os.close(descriptor)
-            raise UserError(
-                f"{path} is in use by another run ({owner}): wait for it or choose another --save"
-            ) from None
         except BaseException:
             os.close(descriptor)
             raise

@@ -155,16 +155,32 @@ def kept_stage(
 ) -> RunFolder:
     """The finished folder of a stage, made by `make` (which writes the blocks still missing) unless it is there.
 
-    Raises UserError naming the field in which a folder given by hand differs.
+    When another process makes the very same stage, it is waited for. Raises UserError naming the field in which a
+    folder given by hand differs.
     """
     arguments = dict(kind=kind, layout=LAYOUT) | identity
     found = RunFolder.view(folder, arguments)
+    if found is None:
+        with RunFolder.open(folder, arguments, wait=console.note) as run:
+            found = RunFolder.view(folder, arguments)  # there now, when it was waited for
+            if found is None:
+                _make_stage(kind, run, blocks, console, make)
     if found is not None:
         console.note(f"{kind}: reusing {folder}")
         facts = read_json(folder / "report.json")
         console.reused |= {kind: facts["seconds"]} | facts.get("parts", {})
         return found
-    with RunFolder.open(folder, arguments) as run, console.stage(kind):
+    console.note(f"{kind}: written to {folder}")
+    found = RunFolder.view(folder, arguments)
+    assert found is not None
+    return found
+
+
+def _make_stage(
+    kind: str, run: RunFolder, blocks: int, console: Console,
+    make: Callable[[RunFolder, Callable[[str], None]], None],
+) -> None:  # fmt: skip
+    with console.stage(kind):
         if run.finished:
             console.note(f"{kind}: {run.finished} of {blocks} blocks were there, going on")
         with console.bar(kind, blocks, run.finished) as advance:
@@ -172,10 +188,6 @@ def kept_stage(
         seconds = {name: round(value, 3) for name, value in console.so_far().items()}
         parts = {name: value for name, value in seconds.items() if NESTED.get(name) == kind}
         run.finish(dict(seconds=seconds[kind], parts=parts))
-    console.note(f"{kind}: written to {folder}")
-    found = RunFolder.view(folder, arguments)
-    assert found is not None
-    return found
 
 
 # --- statistics ----------------------------------------------------------------------------------------------------
