@@ -7,6 +7,11 @@
 #   MICO_TORCH_INDEX  package index that torch comes from    (default: PyTorch's CPU index where there is no
 #                     NVIDIA GPU and it can be reached, otherwise only what pip is configured with)
 set -euo pipefail
+case ${1:-} in -h | --help)
+    sed -n '2,/^[^#]/ s/^# \{0,1\}//p' "$0"
+    exit 0
+    ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${MICO_VENV:-.venv}
 constraints=${MICO_CONSTRAINTS:-constraints.txt}

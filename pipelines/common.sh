@@ -1,0 +1,287 @@
+# shellcheck shell=bash
+# What the experiments share; each of them sources this file, fills the queue with `arm` and ends with `finish`.
+#
+#   begin MODELS SMOKE_MODELS "$@"   read the arguments: sets models, options, results, mico; makes the environment
+#   arm NAME MODEL OPTION...         queue one `mico compress`, whose run folder is $results/NAME
+#   three_arms, sweep                what most experiments are made of
+#   queue NAME WORD...               queue any command of mico
+#   finish                           run the queue, then compare what came out
+#
+# An arm that is finished is skipped, a started one goes on after its last finished block, a failed one does not stop
+# the others. An experiment may set before `begin`: base (options of every arm), extras (of pipelines/setup.sh).
+
+if [ "${BASH_VERSINFO[0]}${BASH_VERSINFO[1]}" -lt 44 ]; then
+    echo "$0: bash ${BASH_VERSION} is too old: 4.4 or newer is needed" >&2
+    exit 2
+fi
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+pipeline=$(basename "$0" .sh)
+base=() extras="" # options of every arm; extras of setup.sh
+small=()          # with --smoke: options that keep an evaluation short
+models=() options=() smoke=""
+names=() commands=() folders=() # the queue; run folders to compare at the end
+workers=()                      # the processes that empty it
+
+note() { printf '== %s: %s\n' "$pipeline" "$*" >&2; }
+
+die() {
+    note "$*"
+    exit 2
+}
+
+# The comment at the top of the script.
+header() { sed -n '2,/^[^#]/ s/^# \{0,1\}//p' "$0"; }
+
+# The same, and what all experiments take.
+usage() {
+    header
+    cat <<'TEXT'
+
+  --smoke            the same on a reference model and little text, in minutes; no hub, no network
+  -h, --help         this text; other options go to mico
+
+Variables, for every experiment:
+  RESULTS            folder of the results          (default: $MICO_RESULTS or results, then the experiment's name)
+  SEEDS              seeds, an arm each             (default: "0")
+  GPUS               GPUs to spread the arms over   (GPUS="0 1 2 3": four arms at a time; "0,1 2,3": two, of two GPUs)
+  JOBS               arms at a time without a GPU   (default: 1; their logs then lie in RESULTS/logs)
+  CUDA_VISIBLE_DEVICES  the GPU where GPUS is not set  (default: 0)
+  MICO_VENV          environment; one that has mico is used as it is  (default: .venv, made by pipelines/setup.sh)
+Killed, the same command goes on: finished arms are skipped, a started one resumes.
+TEXT
+}
+
+# begin MODELS SMOKE_MODELS ARGUMENT...: leading words of the arguments name other models, the rest are options of mico.
+begin() {
+    local word named=() smoke_models
+    read -ra models <<<"$1"
+    read -ra smoke_models <<<"$2"
+    shift 2
+    for word in "$@"; do
+        case $word in
+            -h | --help)
+                usage
+                exit 0
+                ;;
+            --smoke) smoke=1 ;;
+            -*) options+=("$word") ;;
+            *) if [ ${#options[@]} -eq 0 ]; then named+=("$word"); else options+=("$word"); fi ;;
+        esac
+    done
+    if [ -n "$smoke" ]; then models=("${smoke_models[@]}"); fi
+    if [ ${#named[@]} -gt 0 ]; then models=("${named[@]}"); fi
+    results=${RESULTS:-${MICO_RESULTS:-results}/$pipeline${smoke:+-smoke}}
+    seeds=${SEEDS:-0}
+    set_up
+    mkdir -p "$results" || die "RESULTS $results cannot be made: choose another folder"
+    if [ -n "$smoke" ]; then make_small; fi
+}
+
+set_up() {
+    local venv=${MICO_VENV:-.venv}
+    case $venv in /*) ;; *) venv=$root/$venv ;; esac # as pipelines/setup.sh sees it
+    if [ -z "${MICO_VENV:-}" ] || [ ! -x "$venv/bin/mico" ]; then bash "$root/pipelines/setup.sh" "$extras"; fi
+    mico=$venv/bin/mico
+    python=$venv/bin/python
+    export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"
+}
+
+# Little calibration and this project's own pages to measure on, under the name of a text that mico knows.
+make_small() {
+    local texts=$results/texts
+    if [ ! -f "$texts/wikitext2/test.txt" ]; then
+        mkdir -p "$texts/wikitext2"
+        cp "$root/README.md" "$texts/wikitext2/test.txt"
+    fi
+    small=(--seqlen 64 --batch-size 4 --eval wikitext2 --data-dir "$texts" --offline)
+    base+=("${small[@]}" --nsamples 8 --calib docs)
+    export MICO_RESULTS=${MICO_RESULTS:-$results} # statistics and groups too
+    note "smoke: ${models[*]}, calibrated on 8 windows of 64 tokens; 'wikitext2' is this project's README"
+}
+
+# --- the queue ------------------------------------------------------------------------------------------------------
+
+# arm NAME MODEL OPTION...
+arm() {
+    local name=$1 model=$2
+    shift 2
+    refuse_own --save --json --push-to-hub "$@"
+    folders+=("$results/$name")
+    queue "$name" compress "$model" "${base[@]}" "${options[@]}" "$@" --save "$results/$name"
+}
+
+# queue NAME WORD...: any command of mico.
+queue() {
+    names+=("$1")
+    shift
+    commands+=("$(printf '%q ' "$@")")
+}
+
+# refuse_own OPTION...: what the experiment sets itself may not be among the options given to it.
+refuse_own() {
+    local given own
+    for given in "${options[@]}"; do
+        given=${given%%=*}
+        for own in "$@"; do
+            case $own in --*) if [ "${given//_/-}" = "$own" ]; then
+                die "$given is set by this experiment, see: bash $0 --help"
+            fi ;; esac
+        done
+    done
+}
+
+# The last part of a model's name, as part of a folder name.
+label() {
+    local name=${1%/}
+    echo "${name##*/}"
+}
+
+# The field's ablation for every model and seed; CONTROLS=1 adds the groupings that run beside MI.
+three_arms() {
+    local model seed name
+    for model in "${models[@]}"; do
+        for seed in $seeds; do
+            for name in original enhanced mi; do
+                arm "$(label "$model")-$name-seed$seed" "$model" --arm "$name" --seed "$seed"
+            done
+            if [ -z "${CONTROLS:-}" ]; then continue; fi
+            for name in random range alpha; do
+                arm "$(label "$model")-$name-seed$seed" "$model" --method mico --grouping "$name" --seed "$seed"
+            done
+        done
+    done
+}
+
+# sweep ARM OPTION VALUES: one of the three arms for every model, seed and value of an option.
+sweep() {
+    local option=$2 model seed value
+    for model in "${models[@]}"; do
+        for seed in $seeds; do
+            for value in $3; do
+                arm "$(label "$model")-$1-${option#--}-$value-seed$seed" "$model" --arm "$1" "$option" "$value" \
+                    --seed "$seed"
+            done
+        done
+    done
+}
+
+# Whether the run folder $1 holds a whole report of the command that follows it. --strict must tell its status again.
+is_finished() {
+    [ -f "$1/report.json" ] && "$python" - "$@" <<'PYTHON'
+import hashlib, json, pathlib, sys
+
+folder, command = pathlib.Path(sys.argv[1]), sys.argv[2:]
+try:
+    report = (folder / "report.json").read_bytes()
+    written = json.loads((folder / "manifest.json").read_bytes())["completed"]["outputs"]["report.json"]
+    whole = written == hashlib.sha256(report).hexdigest() and json.loads(report)["command"][1:] == command
+except (OSError, ValueError, KeyError, TypeError):
+    whole = False
+sys.exit(not whole or "--strict" in command)
+PYTHON
+}
+
+# run_arm INDEX: one arm; its status and seconds go to $state/INDEX.
+run_arm() {
+    local name=${names[$1]} status=0 began=$SECONDS words
+    eval "words=(${commands[$1]})"
+    if [ "${words[0]}" = compress ] && is_finished "$results/$name" "${words[@]}"; then
+        note "$name: finished before by the same command, skipped"
+        echo skipped >"$state/$1"
+        return
+    fi
+    note "$name: mico ${commands[$1]}"
+    if [ ${#devices[@]} -eq 1 ]; then
+        "$mico" "${words[@]}" &
+    else
+        mkdir -p "$results/logs"
+        "$mico" "${words[@]}" >"$results/logs/$name.log" 2>&1 &
+    fi
+    wait $! || status=$?
+    if [ "$status" -eq 0 ]; then note "$name: done in $((SECONDS - began)) s"; else tell_failure "$name" "$status"; fi
+    echo "$status" >"$state/$1"
+}
+
+tell_failure() {
+    note "$1: FAILED with status $2"
+    if [ -f "$results/logs/$1.log" ] && [ ${#devices[@]} -gt 1 ]; then tail -n 1 "$results/logs/$1.log" >&2; fi
+}
+
+# work DEVICE: take arms that nobody has taken until none is left.
+work() {
+    local index
+    trap 'kill -TERM $(jobs -p) 2>/dev/null; wait; exit 143' TERM
+    export CUDA_VISIBLE_DEVICES=$1
+    for index in "${!names[@]}"; do
+        if mkdir "$state/$index.taken" 2>/dev/null; then run_arm "$index"; fi
+    done
+}
+
+# Ctrl-C reaches this shell alone: what it starts in the background ignores it, so the workers are told to end.
+stop() {
+    trap '' INT TERM HUP
+    kill -TERM "${workers[@]}" 2>/dev/null || true
+    wait
+    note "stopped; the same command goes on where it was"
+    exit "$1"
+}
+
+# One worker a GPU of GPUS, or JOBS workers on what CUDA_VISIBLE_DEVICES names.
+pick_devices() {
+    local job cores
+    devices=()
+    if [ -n "${GPUS:-}" ]; then
+        if [ -n "${JOBS:-}" ]; then die "GPUS=$GPUS and JOBS=$JOBS exclude each other: leave one out"; fi
+        read -ra devices <<<"$GPUS"
+    else
+        case ${JOBS:-1} in *[!0-9]* | 0) die "JOBS=$JOBS: give a whole number of at least 1" ;; esac
+        for ((job = 0; job < ${JOBS:-1}; job++)); do devices+=("$CUDA_VISIBLE_DEVICES"); done
+    fi
+    if [ ${#devices[@]} -gt 1 ] && [ -z "${OMP_NUM_THREADS:-}" ]; then # many threads of many arms slow each other down
+        cores=$(getconf _NPROCESSORS_ONLN)
+        export OMP_NUM_THREADS=$((cores > ${#devices[@]} ? cores / ${#devices[@]} : 1))
+        note "${#devices[@]} arms at a time, OMP_NUM_THREADS=$OMP_NUM_THREADS each; their logs: $results/logs"
+    fi
+}
+
+run_queue() {
+    local device
+    pick_devices
+    state=$(mktemp -d)
+    trap 'rm -rf "$state"' EXIT
+    trap 'stop 130' INT
+    trap 'stop 143' TERM HUP
+    for device in "${devices[@]}"; do
+        work "$device" &
+        workers+=($!)
+    done
+    wait
+    trap - INT TERM HUP
+}
+
+# Run the queue, compare the arms that are finished, and end with the status of the first arm that failed.
+finish() {
+    local index status folder done=0 skipped=0 failed=() worst=0 finished=()
+    run_queue
+    for index in "${!names[@]}"; do
+        status=$(cat "$state/$index" 2>/dev/null || echo 1)
+        case $status in
+            0) done=$((done + 1)) ;;
+            skipped) skipped=$((skipped + 1)) ;;
+            *)
+                failed+=("${names[$index]} (status $status)")
+                if [ "$worst" -eq 0 ]; then worst=$status; fi
+                ;;
+        esac
+    done
+    for folder in "${folders[@]}"; do
+        if [ -f "$folder/report.json" ]; then finished+=("$folder"); fi
+    done
+    if [ ${#finished[@]} -gt 0 ]; then
+        "$mico" report "${finished[@]}" --html "$results/report.html" --markdown "$results/report.md" \
+            --json "$results/report.json" --figures "$results/figures" || worst=$?
+    fi
+    note "$done done, $skipped skipped, ${#failed[@]} failed in $SECONDS s; results: $results"
+    for status in "${failed[@]}"; do note "FAILED $status: the same command tries it again"; done
+    exit "$worst"
+}
