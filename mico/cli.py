@@ -253,12 +253,13 @@ def import_llava(
 
 @app.command(epilog="Example: mico report results/tiny-llama-original-* results/tiny-llama-mi-*")
 def report(
-    runs: o.Runs, json: o.JsonFile = None, markdown: o.MarkdownFile = None, debug: o.Debug = False
+    runs: o.Runs, baseline: o.Baseline = None, json: o.JsonFile = None, markdown: o.MarkdownFile = None,
+    debug: o.Debug = False,
 ) -> None:  # fmt: skip
     """Show the report of a run again, or compare several: mean and sd over seeds, paired t-tests, ablation tables."""
     from mico.report import report as run
 
-    run(runs, json=json, markdown=markdown, console=_output())
+    run(runs, baseline=baseline, json=json, markdown=markdown, console=_output())
 
 
 @app.command(epilog="Example: mico models")

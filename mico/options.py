@@ -267,6 +267,13 @@ AllowPartial = Annotated[
 Strict = Annotated[bool, _option(_RUN, "--strict", help="Exit with 3 when a fallback was needed.")]
 JsonFile = Annotated[str | None, _option(_RUN, "--json", metavar="FILE", help="Write the figures here as JSON.")]
 MarkdownFile = Annotated[str | None, _option(_RUN, "--markdown", metavar="FILE", help="Write what is shown here.")]
+Baseline = Annotated[
+    str | None,
+    _option(
+        _RUN, "--baseline", metavar="NAME", help="Arm that the others are tested against: its name, or a folder of it.",
+        show_default="that of the first folder",
+    ),
+]  # fmt: skip
 Debug = Annotated[bool, _option(_RUN, "--debug", help="Show tracebacks and the warnings of libraries.")]
 Verbose = Annotated[
     int, _option(_RUN, "--verbose", "-v", count=True, help="One line a layer.", show_default=False, metavar="")

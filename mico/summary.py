@@ -59,6 +59,33 @@ def flat(report: Report) -> dict[str, Any]:
         "seconds": total_seconds(report["seconds"]),
         "peak_host_bytes": report["peak_host_bytes"],
         "protocol": report["protocol"],
+        "cost": costs(report),
+    }
+
+
+def costs(report: Report) -> dict[str, float | None]:
+    """What a run took; None: not recorded, or no GPU.
+
+    solve_seconds: in the methods, of the slowest process. total_seconds: wall time of the run and of the stages that
+    it found finished (reused_seconds), so that runs compare. history_bytes: rows of activations that were kept;
+    moments_bytes: the sums and second moments made of all rows, both as they lie on disk.
+    """
+    reused, kept = report.get("reused_seconds", {}), report.get("activations", {})
+    stages = reused | report["seconds"]
+    grouping = report["settings"]["grouping"]
+    absent = None if grouping and grouping["kind"] == "mi" else 0.0
+    solving = [one["solving_seconds"] for one in report.get("processes", []) if "solving_seconds" in one]
+    earlier = sum(value for name, value in reused.items() if name not in NESTED)
+    return {
+        "mi_seconds": stages.get("mutual information", absent),
+        "clustering_seconds": stages.get("clustering", absent),
+        "solve_seconds": max(solving, default=None),
+        "total_seconds": round(total_seconds(report["seconds"]) + earlier, 3),
+        "reused_seconds": round(earlier, 3),
+        "peak_host_bytes": report["peak_host_bytes"],
+        "peak_device_bytes": report["peak_device_bytes"] or None,
+        "history_bytes": kept.get("history"),
+        "moments_bytes": kept.get("moments"),
     }
 
 
@@ -274,19 +301,32 @@ def _ratio(size: dict[str, Any]) -> str:
 
 
 def _costs(report: Report) -> Section:
-    seconds = report["seconds"]
+    seconds, reused, cost = report["seconds"], report.get("reused_seconds", {}), costs(report)
     rows = []
     for name in [name for name in seconds if name not in NESTED and name != "total"]:
         rows.append((name, duration_text(seconds[name])))
-        rows += [
-            (f"· {part}", duration_text(seconds[part])) for part in NESTED if NESTED[part] == name and part in seconds
-        ]
+        parts = {part: seconds[part] for part in NESTED if NESTED[part] == name and part in seconds}
+        if name == "compress" and cost["solve_seconds"] is not None:
+            parts["solving"] = cost["solve_seconds"]
+        rows += [(f"· {part}", duration_text(value)) for part, value in parts.items()]
     rows.append(("total", duration_text(total_seconds(seconds))))
+    rows += [(f"{name}, made by an earlier run", duration_text(value)) for name, value in reused.items()]
     rows.append(("peak host memory", size_text(report["peak_host_bytes"])))
     rows += _processes(report.get("processes", []))
-    if report["peak_device_bytes"]:
-        rows.append(("peak device memory", size_text(report["peak_device_bytes"])))
-    return Section("Time and memory", ("stage", ""), tuple(rows))
+    rows.append(
+        ("peak GPU memory", size_text(report["peak_device_bytes"]) if report["peak_device_bytes"] else "no GPU")
+    )
+    rows += _kept(cost)
+    resumed = report.get("resumed_blocks", 0)
+    lines = (f"Resumed after {resumed} blocks: times and memory are those of the last start.",) if resumed else ()
+    return Section("Time and memory", ("stage", ""), tuple(rows), lines)
+
+
+def _kept(cost: dict[str, float | None]) -> list[tuple[str, str]]:
+    """What is kept of the activations, on disk."""
+    names = {"history_bytes": "activation rows kept", "moments_bytes": "second moments kept"}
+    sizes = {label: cost[name] for name, label in names.items()}
+    return [(label, "not recorded" if size is None else size_text(size)) for label, size in sizes.items()]
 
 
 def _processes(processes: list[dict[str, Any]]) -> list[tuple[str, str]]:

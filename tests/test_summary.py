@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import math
@@ -13,12 +12,8 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-import mico
-from mico import cli
-from mico.errors import UserError
-from mico.report import comparison
 from mico.summary import command_text, flat, print_report, sections, total_seconds, write_markdown
-from mico.tables import Section, duration_text, markdown, perplexity_text, print_sections, size_text, spread
+from mico.tables import Section, duration_text, markdown, perplexity_text, size_text, spread
 from tests.workspace import Workspace, workspace
 
 Report = dict[str, Any]
@@ -56,7 +51,7 @@ def test_flat_holds_the_figures_of_the_run(report: Report, space: Workspace) -> 
     found = flat(report)
     assert list(found) == [
         "model", "arm", "method", "dense", "compressed", "nominal_bits", "true_bits", "bytes", "packed_bytes",
-        "sparsity", "seconds", "peak_host_bytes", "protocol",
+        "sparsity", "seconds", "peak_host_bytes", "protocol", "cost",
     ]  # fmt: skip
     assert (found["arm"], found["method"], found["protocol"]) == ("mi", "mico", "sparsegpt")
     assert found["sparsity"] == pytest.approx(0.5, abs=0.01)
@@ -179,65 +174,3 @@ def test_figures_in_words() -> None:
     assert command_text(["x/mico/__main__.py", "eval"]) == "mico eval"
     assert command_text(["x/pytest/__main__.py"]).startswith("python ")
     assert command_text(["train.py"]) == "python train.py"
-
-
-# --- mico report ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def two_runs(report: Report, space: Workspace, tmp_path: Path) -> list[str]:
-    """The real run, and a folder with a report as another arm would give it."""
-    other = copy.deepcopy(report)
-    other["arm"], other["settings"]["method"], other["settings"]["grouping"] = "original", "sparsegpt", None
-    other["compressed"]["wikitext2"]["perplexity"] *= 2
-    other["compressed"]["ptb"] = other["compressed"]["wikitext2"]
-    other["dense"]["ptb"] = other["dense"]["wikitext2"]
-    (tmp_path / "original").mkdir()
-    (tmp_path / "original" / "report.json").write_text(json.dumps(other))
-    return [str(space.run), str(tmp_path / "original")]
-
-
-def test_one_run_is_shown_in_full(report: Report, space: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["report", str(space.run)]) == 0
-    console = Console(width=80, record=True, file=io.StringIO())
-    print_report(report, console)
-    assert words(capsys.readouterr().out) == words(console.export_text())
-
-
-def test_runs_are_compared(two_runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = [f"--json={tmp_path / 'both.json'}", f"--markdown={tmp_path / 'both.md'}"]
-    assert cli.main(["report", *two_runs, *files]) == 0
-    text = words(capsys.readouterr().out)
-    assert "method mico" in text and "method sparsegpt" in text and "grouping mi" in text
-    assert "wbits" not in text  # the same in both
-    both = json.loads((tmp_path / "both.json").read_text())
-    assert [run["folder"] for run in both] == two_runs and both[1]["arm"] == "original"
-    best = perplexity_text(both[0]["compressed"]["wikitext2"])
-    page = (tmp_path / "both.md").read_text()
-    assert f"| 1 | mi | **{best}** | - | " in page
-    assert f"1: {two_runs[0]} (method mico, grouping mi, n_groups auto, mi_method gaussian, cluster spectral)" in page
-
-
-def test_a_comparison_on_three_texts_fits_80_columns(report: Report) -> None:
-    for part in ("dense", "compressed"):
-        report[part] = {
-            name: report[part]["wikitext2"] | dict(perplexity=1234.56) for name in ("wikitext2", "ptb", "c4")
-        }
-    report["arm"] = "enhanced"
-    console = Console(width=80, record=True, file=io.StringIO())
-    print_sections([comparison([report, report], ["a", "b"])], console)
-    row = next(line for line in console.export_text().splitlines() if line.startswith(" 2"))
-    assert row.split()[:5] == ["2", "enhanced", "1,234.56", "1,234.56", "1,234.56"] and len(row) <= 80
-
-
-def test_folders_without_a_report_are_refused(two_runs: list[str], space: Workspace, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere/report.json does not exist \(no such folder\)"):
-        mico.report([two_runs[0], str(tmp_path / "nowhere")])
-    with pytest.raises(UserError, match=r"report.json does not exist \(unfinished, or not a run folder"):
-        mico.report(str(tmp_path))
-    assert space.run.exists()
-    with pytest.raises(UserError, match=r"statistics/report.json is no report of a compression \(compressed is miss"):
-        mico.report(str(space.root / "statistics"))
-    (tmp_path / "report.json").write_text("{")
-    with pytest.raises(UserError, match=r"report\.json cannot be read"):
-        mico.report(str(tmp_path))

@@ -1,0 +1,122 @@
+"""What a reader of a comparison has to know before its numbers are believed; one line each."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mico.comparison.arms import Arm
+from mico.comparison.measures import Labels
+from mico.files import differences
+
+EQUAL_BITS = 0.005  # arms whose true bits differ by more, relative, are not compared at equal size
+
+
+def notices(arms: Sequence[Arm], records: list[dict[str, Any]], base: str, texts: Labels) -> list[str]:
+    """Lines on everything that makes the arms differ in more than their options, or their runs in more than the seed.
+
+    records: the arms as plain values, in the same order; base: the name of the baseline.
+    """
+    return [
+        *_bits(records, base),
+        *_texts(texts),
+        *_models(arms),
+        *_calibration(arms),
+        *_seeds(arms),
+        *_missing(records),
+        *_wrecked(records),
+        *_environments(arms),
+        *_resumed(arms),
+        *_fallbacks(arms),
+    ]
+
+
+def _bits(records: list[dict[str, Any]], base: str) -> Iterator[str]:
+    true_bits = {record["name"]: record["size"]["true_bits"]["mean"] for record in records}
+    off = {name: bits / true_bits[base] - 1 for name, bits in true_bits.items()}
+    far = [f"{name} {true_bits[name]:.3f} ({off[name]:+.1%})" for name in off if abs(off[name]) > EQUAL_BITS]
+    if far:
+        yield (
+            f"not at equal true bits: {', '.join(far)} against {base} {true_bits[base]:.3f}; "
+            f"up to {EQUAL_BITS:.1%} would count as equal"
+        )
+
+
+def _texts(texts: Labels) -> Iterator[str]:
+    names = [name for name, _ in texts]
+    for name in dict.fromkeys(names):
+        labels = [label for (one, _), label in texts.items() if one == name]
+        if len(labels) > 1:
+            yield f"{name} was not measured in one way, each has a column of its own: {', '.join(labels)}"
+
+
+def _models(arms: Sequence[Arm]) -> Iterator[str]:
+    models = list(dict.fromkeys(arm.options["model"] for arm in arms))
+    if len(models) > 1:
+        yield f"the arms are of different models: {', '.join(models)}"
+
+
+def _calibration(arms: Sequence[Arm]) -> Iterator[str]:
+    """One seed draws the same calibration tokens for every arm, unless their texts or models differ."""
+    tokens: dict[int, set[str]] = {}
+    for arm in arms:
+        for run in arm.runs:
+            tokens.setdefault(run.seed, set()).add(run.report["identity"]["tokens_sha256"])
+    apart = [str(seed) for seed, found in sorted(tokens.items()) if len(found) > 1]
+    if apart:
+        yield f"seed {', '.join(apart)}: the runs were not calibrated on the same tokens, pairs share the number alone"
+
+
+def _seeds(arms: Sequence[Arm]) -> Iterator[str]:
+    for arm in arms:
+        for seed, again in arm.by_seed.items():
+            if len(again) > 1:
+                folders = ", ".join(run.folder for run in again)
+                yield f"{arm.name}: seed {seed} is there {len(again)} times ({folders}): their mean counts as one"
+    if len({tuple(arm.by_seed) for arm in arms}) > 1:
+        seeds = "; ".join(f"{arm.name} {', '.join(map(str, arm.by_seed))}" for arm in arms)
+        yield f"the arms do not have the same seeds: {seeds}"
+
+
+def _missing(records: list[dict[str, Any]]) -> Iterator[str]:
+    for record in records:
+        for kind in ("texts", "tasks"):
+            for name, figures in record[kind].items():
+                for figure, found in figures.items():
+                    if found["n"] < record["n"] and not figure.endswith(" stderr"):
+                        yield f"{record['name']}: {figure} of {name} from {found['n']} of {record['n']} seeds"
+
+
+def _wrecked(records: list[dict[str, Any]]) -> Iterator[str]:
+    for record in records:
+        for name, figures in record["texts"].items():
+            if not all(map(math.isfinite, figures["perplexity"]["values"])):
+                yield f"{record['name']}: the perplexity of {name} is not finite"
+
+
+def _fallbacks(arms: Sequence[Arm]) -> Iterator[str]:
+    for arm in arms:
+        what = Counter(fallback["what"] for run in arm.runs for fallback in run.report["fallbacks"])
+        if what:
+            most, count = what.most_common(1)[0]
+            yield f"{arm.name}: {what.total()} fallbacks in {len(arm.runs)} runs, {count} of them: {most}"
+
+
+def _environments(arms: Sequence[Arm]) -> Iterator[str]:
+    first = arms[0].runs[0]
+    changes: dict[str, None] = {}
+    for run in (run for arm in arms for run in arm.runs):
+        for line in differences(first.report["environment"], run.report["environment"]):
+            changes[line.partition(":")[0]] = None
+    if changes:
+        yield f"the runs were not made in one environment: they differ in {', '.join(changes)} (report.json of each)"
+
+
+def _resumed(arms: Sequence[Arm]) -> Iterator[str]:
+    for run in (run for arm in arms for run in arm.runs):
+        if blocks := run.report.get("resumed_blocks", 0):
+            yield f"{run.folder}: resumed after {blocks} blocks, its times are those of the last start"
+        if changed := run.report.get("environment_changes"):
+            yield f"{run.folder}: resumed in another environment ({'; '.join(changed)})"

@@ -1,0 +1,149 @@
+"""mico report on a real run and on copies of it with other figures: what is shown, what is written, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import mico
+from mico import cli
+from mico.errors import UserError
+from mico.summary import print_report
+from mico.tables import perplexity_text
+from tests.workspace import Workspace, workspace
+
+Report = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return workspace(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def report(space: Workspace) -> Report:
+    return json.loads((space.run / "report.json").read_text(encoding="utf-8"))
+
+
+def words(text: str) -> str:
+    """The text without line breaks and padding, as wrapping leaves it."""
+    return " ".join(text.split())
+
+
+def put(folder: Path, report: Report, evaluation: dict[str, Any] | None = None) -> str:
+    """A run folder that holds nothing but its figures."""
+    (folder / "eval").mkdir(parents=True)
+    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    if evaluation is not None:
+        (folder / "eval" / "results.json").write_text(json.dumps(evaluation), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture
+def two_runs(report: Report, space: Workspace, tmp_path: Path) -> list[str]:
+    """The real run, and a folder with a report as another arm would give it."""
+    other = copy.deepcopy(report)
+    other["arm"], other["settings"]["method"], other["settings"]["grouping"] = "original", "sparsegpt", None
+    other["compressed"]["wikitext2"]["perplexity"] *= 2
+    other["compressed"]["ptb"] = copy.deepcopy(other["compressed"]["wikitext2"])
+    other["dense"]["ptb"] = other["dense"]["wikitext2"]
+    return [str(space.run), put(tmp_path / "original", other)]
+
+
+def test_one_run_is_shown_in_full(report: Report, space: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(space.run)]) == 0
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_report(report, console)
+    assert words(capsys.readouterr().out) == words(console.export_text())
+
+
+def test_runs_are_compared(two_runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [f"--json={tmp_path / 'both.json'}", f"--markdown={tmp_path / 'both.md'}"]
+    assert cli.main(["report", *two_runs, *files]) == 0
+    text = words(capsys.readouterr().out)
+    assert "method mico" in text and "method sparsegpt" in text and "grouping mi" in text
+    assert "wbits" not in text  # the same in both
+    both = json.loads((tmp_path / "both.json").read_text())
+    assert [run["folder"] for run in both["runs"]] == two_runs and both["runs"][1]["arm"] == "original"
+    best = perplexity_text(both["arms"][0]["texts"]["wikitext2"]["perplexity"]["mean"])
+    page = (tmp_path / "both.md").read_text()
+    assert f"| mi | 1 | **{best}** | - | " in page
+    chosen = "method mico, grouping mi, n_groups auto, mi_method gaussian, cluster spectral"
+    assert f"mi: {chosen}; seed 0; {two_runs[0]}" in page
+    assert "original, wikitext2: no test, one seed in common, two are needed" in page
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_a_comparison_on_three_texts_fits_80_columns(report: Report, tmp_path: Path, seeds: int) -> None:
+    for part in ("dense", "compressed"):
+        score = report[part]["wikitext2"]
+        report[part] = {name: score | dict(perplexity=12.56) for name in ("wikitext2", "ptb", "c4")}
+    report["arm"] = "enhanced"
+    paths = []
+    for seed in range(seeds):
+        report["identity"]["seed"] = seed
+        for score in report["compressed"].values():
+            score["perplexity"] += seed
+        paths.append(put(tmp_path / str(seed), copy.deepcopy(report)))
+    console = Console(width=80, record=True, file=io.StringIO())
+    mico.report([*paths, *paths], console=console)  # a folder given twice is one run
+    if seeds > 1:
+        row = next(line for line in console.export_text().splitlines() if line.startswith(" enhanced"))
+        assert row.split()[:5] == ["enhanced", "3", "13.89", "±", "1.53"] and len(row) <= 80
+
+
+def test_folders_without_a_report_are_refused(two_runs: list[str], space: Workspace, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere/report.json does not exist \(no such folder\)"):
+        mico.report([two_runs[0], str(tmp_path / "nowhere")])
+    with pytest.raises(UserError, match=r"report.json does not exist \(unfinished, or not a run folder"):
+        mico.report(str(tmp_path))
+    with pytest.raises(UserError, match=r"statistics/report.json is no report of a compression \(arm is missing"):
+        mico.report(str(space.root / "statistics"))
+    for damage in ("{", "[]", "", "\x00"):
+        (tmp_path / "report.json").write_text(damage)
+        with pytest.raises(UserError, match=r"report\.json (cannot be read|holds a list).*restore it, or run its mico"):
+            mico.report(str(tmp_path))
+    with pytest.raises(UserError, match=r"--json .*: this is a folder, give a file"):
+        mico.report(two_runs, json=str(tmp_path))
+    with pytest.raises(UserError, match=r"--baseline enhanced: no such arm, choose from 'mi', 'original', or one of"):
+        mico.report(two_runs, baseline="enhanced")
+
+
+def test_a_damaged_evaluation_is_told(report: Report, tmp_path: Path) -> None:
+    folder = put(tmp_path / "run", report)
+    (tmp_path / "run" / "eval" / "results.json").write_text('{"results": ')
+    with pytest.raises(
+        UserError, match=r"eval/results.json cannot be read .*: delete it, or run mico eval .*run again"
+    ):
+        mico.report(folder)
+
+
+def test_the_baseline_is_an_arm_or_a_folder(two_runs: list[str]) -> None:
+    console = Console(file=io.StringIO())
+    for baseline in ("original", two_runs[1], f"{two_runs[1]}/"):
+        assert mico.report(two_runs, baseline=baseline, console=console)["baseline"] == "original"
+    assert mico.report(two_runs, console=console)["baseline"] == "mi"
+    assert mico.report(two_runs[::-1], console=console)["baseline"] == "original"
+
+
+def test_written_json_is_json_whatever_the_model_became(report: Report, two_runs: list[str], tmp_path: Path) -> None:
+    report["compressed"]["wikitext2"]["perplexity"] = math.inf
+    wrecked = put(tmp_path / "wrecked", report | dict(arm="enhanced", settings=report["settings"] | dict(wbits=2)))
+    console = Console(width=120, record=True, file=io.StringIO())
+    returned = mico.report([two_runs[0], wrecked], json=str(tmp_path / "values.json"), console=console)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    written = json.loads((tmp_path / "values.json").read_text(), parse_constant=refuse)
+    assert written == json.loads(json.dumps(returned))
+    assert written["arms"][1]["texts"]["wikitext2"]["perplexity"]["mean"] is None
+    text = words(console.export_text())
+    assert "enhanced: the perplexity of wikitext2 is not finite" in text and "enhanced 1 not finite" in text
