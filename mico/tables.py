@@ -16,13 +16,15 @@ NOTHING = "-"
 
 @dataclass(frozen=True)
 class Section:
-    """One table with a title, and lines under it. `strong`: (row, column) of the cells that stand out."""
+    """One table with a title, and lines under it. `strong`: (row, column) of the cells that stand out; `code`: the
+    lines are commands."""
 
     title: str
     columns: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
     lines: tuple[str, ...] = ()
     strong: frozenset[tuple[int, int]] = field(default_factory=frozenset)
+    code: bool = False
 
 
 def print_sections(found: Iterable[Section], console: Console) -> None:
