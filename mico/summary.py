@@ -154,7 +154,7 @@ def sections(report: Report) -> list[Section]:
         _perplexity(report),
         _sizes(report["size"]),
         _costs(report),
-        Section("Command", lines=(command_text(report["command"]),)),
+        Section("Command", lines=(command_text(report["command"]),), code=True),
     ]
 
 
