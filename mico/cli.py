@@ -73,14 +73,17 @@ def _app(
 
 @app.command(epilog="Example: mico plan llama2-7b --sparsity 0.5 --wbits 4")
 def plan(
-    model: o.Model, nsamples: o.Nsamples = 128, seqlen: o.Seqlen = None, batch_size: o.BatchSize = 8,
-    eval: o.Eval = None, data_dir: o.DataDir = None, offline: o.Offline = False,
-    trust_remote_code: o.TrustRemoteCode = False, stream: o.Stream = None, sparsity: o.Sparsity = None,
-    pattern: o.Pattern = None, wbits: o.Wbits = 4, target_avg_bits: o.TargetAvgBits = None, method: o.Method = None,
-    arm: o.Arm = None, group_size: o.GroupSize = None, profile: o.Profile = None, embed_bits: o.EmbedBits = 16,
-    n_groups: o.NGroups = "auto", use_mi_grouping: o.UseMiGrouping = None, grouping: o.Grouping = None,
-    save: o.Save = None, device: o.Device = "auto", dtype: o.Dtype = "auto", json: o.JsonFile = None,
-    debug: o.Debug = False, verbose: o.Verbose = 0, quiet: o.Quiet = False,
+    model: o.Model, calib: o.Calib = None, data_dir: o.DataDir = None, data_file: o.DataFile = None,
+    nsamples: o.Nsamples = 128, seqlen: o.Seqlen = None, batch_size: o.BatchSize = 8, seed: o.Seed = 0,
+    eval: o.Eval = None, offline: o.Offline = False, trust_remote_code: o.TrustRemoteCode = False,
+    stream: o.Stream = None, sparsity: o.Sparsity = None, pattern: o.Pattern = None, wbits: o.Wbits = 4,
+    target_avg_bits: o.TargetAvgBits = None, method: o.Method = None, arm: o.Arm = None,
+    allocation: o.Allocation = None, group_size: o.GroupSize = None, percdamp: o.Percdamp = 0.01,
+    blocksize: o.Blocksize = 128, profile: o.Profile = None, embed_bits: o.EmbedBits = 16, n_groups: o.NGroups = "auto",
+    use_mi_grouping: o.UseMiGrouping = None, grouping: o.Grouping = None, mi_method: o.MiMethod = "gaussian",
+    cluster: o.Cluster = "spectral", save: o.Save = None, device: o.Device = "auto", dtype: o.Dtype = "auto",
+    allow_partial: o.AllowPartial = False, json: o.JsonFile = None, debug: o.Debug = False, verbose: o.Verbose = 0,
+    quiet: o.Quiet = False,
 ) -> None:  # fmt: skip
     """Memory, disk, time and output size that compress would take with these options; no weight is read."""
     _before_imports(offline, quiet)
@@ -89,10 +92,12 @@ def plan(
 
     result = run(
         model, sparsity=sparsity, pattern=pattern, wbits=wbits, target_avg_bits=target_avg_bits,
-        n_groups=_count(n_groups), use_mi_grouping=use_mi_grouping, grouping=grouping, method=method, arm=arm,
-        group_size=group_size, profile=profile, embed_bits=embed_bits, nsamples=nsamples, seqlen=seqlen,
-        batch_size=batch_size, device=device, dtype=dtype, eval=eval, save=save, data_dir=data_dir, offline=offline,
-        trust_remote_code=trust_remote_code, stream=stream, json=json, console=_console(quiet, verbose),
+        n_groups=_count(n_groups), use_mi_grouping=use_mi_grouping, grouping=grouping, mi_method=mi_method,
+        cluster=cluster, method=method, arm=arm, allocation=allocation, group_size=group_size, percdamp=percdamp,
+        blocksize=blocksize, profile=profile, embed_bits=embed_bits, calib=calib, nsamples=nsamples, seqlen=seqlen,
+        batch_size=batch_size, seed=seed, device=device, dtype=dtype, eval=eval, save=save, data_dir=data_dir,
+        data_file=data_file, offline=offline, trust_remote_code=trust_remote_code, stream=stream,
+        allow_partial=allow_partial, json=json, console=_console(quiet, verbose),
     )  # fmt: skip
     _show(section(result))
 

@@ -21,19 +21,17 @@ import mico.stages as stages
 from mico.adapters import auto_class
 from mico.callable import callable_module
 from mico.card import model_card
-from mico.checkpoint import check_execution, save_packed, set_execution, write_manifest
+from mico.checkpoint import save_packed, set_execution, write_manifest
 from mico.console import Console
 from mico.data import Windows
 from mico.ends import put_ends, quantize_ends
 from mico.errors import ContractError, UserError
-from mico.exports.targets import check_profile
 from mico.files import atomic_write, read_json
 from mico.follow import follow
-from mico.loading import LoadedModel, copy_processor, describe, quiet, stream_widths
+from mico.loading import LoadedModel, copy_processor, describe, load_config, quiet
 from mico.metrics.perplexity import PROTOCOL, default_texts, evaluate_texts, evaluation_sets, parse_texts, protocol_line
 from mico.packed.quantized import QuantizedWeight
-from mico.packed.table import run_length
-from mico.profiles import PROFILES
+from mico.preflight import check_coverage, check_shapes
 from mico.runs import RunFolder, atomic_json
 from mico.runs import fingerprint as digest
 from mico.settings import Compression, Source, compression_of, record
@@ -45,7 +43,6 @@ from mico.walk import replace
 
 callable_module(__name__)
 LAYOUT = 2  # of a run folder and of the algorithms behind its bytes; another number makes older folders unfit
-COVERAGE = 0.9  # share of the Linear parameters that must be compressed, unless --allow-partial
 MODEL = "model"  # the loadable model inside a run folder
 DENSE = "dense.json"  # perplexities of the dense model, kept for a resumed run
 
@@ -116,10 +113,10 @@ def compress(
         if json is not None:
             check_writable("--json", json)
         with console.stage("total"):
+            check_shapes(load_config(model, offline=offline, trust_remote_code=trust_remote_code), source, settings)
             preparation = Preparation(source, console, team)
             for line in team.describe():
                 console.note(line)
-            check_shapes(preparation, settings)
             sets = evaluation_sets(
                 preparation.tokenizer,
                 default_texts(preparation.reference, data_dir) if texts is None else texts,
@@ -152,26 +149,6 @@ def _arguments(preparation: Preparation, settings: Compression, sets: dict[str, 
     evaluation = {name: windows.sha256 for name, windows in sets.items()}
     known = dict(layout=LAYOUT, name=preparation.source.model) | preparation.identity
     return known | record(settings) | dict(eval=evaluation)
-
-
-def check_shapes(preparation: Preparation, settings: Compression) -> None:
-    """Refuse, before the weights are read, what the shapes of this model cannot take."""
-    check_execution()
-    config = preparation.config.get_text_config()
-    if settings.profile:
-        check_profile(settings.profile, preparation.config, preparation.family)
-    widths = sorted(set(stream_widths(preparation.config, preparation.source.trust_remote_code).values()))
-    if settings.pattern and any(width % settings.pattern[1] for width in widths):
-        n, m = settings.pattern
-        raise UserError(f"--pattern {n}:{m}: the model's input widths {widths} are not multiples of {m}")
-    if settings.profile:
-        for width in widths:
-            PROFILES[settings.profile].group_size(width, settings.group_size)
-    if settings.embed_bits != 16:
-        run_length(getattr(config, "word_embed_proj_dim", config.hidden_size), settings.embed_bits)
-    wanted = settings.grouping.n_groups if settings.grouping else 1
-    if isinstance(wanted, int) and wanted > min(widths):
-        raise UserError(f"--n-groups {wanted}: more groups than channels, the narrowest stream has {min(widths)}")
 
 
 @dataclass
@@ -228,11 +205,7 @@ class _Job:
             f"; {architecture['vision']:,} parameters that see images stay dense" if "vision" in architecture else ""
         )
         self.console.note(f"compress: {share:.1%} of the Linear parameters of the language model{dense}")
-        if share < COVERAGE and not self.allow_partial:
-            raise UserError(
-                f"model {self.preparation.source.model}: {share:.1%} of its Linear parameters would be compressed, "
-                f"below {COVERAGE:.0%}: pass --allow-partial if that is meant"
-            )
+        check_coverage(share, self.preparation.source.model, self.allow_partial)
 
     def _check_disk(self, parameters: int) -> None:
         """The saved model (at most 16 bits a weight) and the blocks (a code and a mask bit a weight) must fit."""

@@ -7,9 +7,9 @@ from typing import Any
 import mico.stages as stages
 from mico.callable import callable_module
 from mico.console import Console
-from mico.errors import UserError
 from mico.follow import follow
-from mico.loading import stream_widths
+from mico.loading import load_config
+from mico.preflight import check_grouping
 from mico.settings import Grouping, Source
 from mico.stages import Preparation
 from mico.summary import groups_section
@@ -59,25 +59,17 @@ def mi_group(
         if not team.leads:
             follow(team, source)
             return {}
+        config = load_config(model, offline=offline, trust_remote_code=trust_remote_code)
+        check_grouping(config, source, chosen)  # before the text is read
         preparation = Preparation(source, console, team)
         for line in team.describe():
             console.note(line)
-        _check(chosen, preparation)
         found = stages.statistics(preparation, statistics)
         made = stages.groups(preparation, found, chosen, save)
     records = [record for index in range(preparation.blocks()) for record in made.block(index)[1]]
     return dict(
         model=model, folder=str(made.run.path), statistics=str(found.run.path), grouping=grouping, streams=records
     )
-
-
-def _check(grouping: Grouping, preparation: Preparation) -> None:
-    """Refuse, before anything is measured, more groups than the narrowest stream has channels."""
-    narrowest = min(stream_widths(preparation.config, preparation.source.trust_remote_code).values())
-    if isinstance(grouping.n_groups, int) and grouping.n_groups > narrowest:
-        raise UserError(
-            f"--n-groups {grouping.n_groups}: more groups than channels, the narrowest stream has {narrowest}"
-        )
 
 
 def section(result: dict[str, Any]) -> Section:

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from mico.adapters import family_of
 from mico.callable import callable_module
 from mico.console import Console
+from mico.data import TEXTS
 from mico.errors import UserError
-from mico.exports.targets import check_profile
 from mico.files import atomic_json
 from mico.forecast.fit import Forecast, Room, check_disk, check_memory, forecast, streams
 from mico.forecast.machine import measure
@@ -28,10 +27,12 @@ from mico.loading import DTYPES, context_length, is_reference, load_config, pick
 from mico.loading.headers import stored_tensors
 from mico.loading.streaming import MEMORY_SHARE, free_memory
 from mico.metrics.perplexity import default_texts, parse_texts
+from mico.preflight import check_coverage, check_shapes
 from mico.settings import Source, compression_of, record
 from mico.stages import results_root
 from mico.summary import check_writable
 from mico.tables import NOTHING, Section, duration_text, size_text
+from mico.team import gather
 
 callable_module(__name__)
 
@@ -46,40 +47,53 @@ def plan(
     n_groups: int | str = "auto",
     use_mi_grouping: bool | None = None,
     grouping: str | None = None,
+    mi_method: str = "gaussian",
+    cluster: str = "spectral",
     method: str | None = None,
     arm: str | None = None,
+    allocation: str | None = None,
     group_size: int | None = None,
+    percdamp: float = 0.01,
+    blocksize: int = 128,
     profile: str | None = None,
     embed_bits: int = 16,
+    calib: str | None = None,
     nsamples: int = 128,
     seqlen: int | None = None,
     batch_size: int = 8,
+    seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
     eval: str | Sequence[str] | None = None,
     save: str | None = None,
     data_dir: str | None = None,
+    data_file: str | None = None,
     offline: bool = False,
     trust_remote_code: bool = False,
     stream: bool | None = None,
+    allow_partial: bool = False,
     json: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Forecast memory, disk, time and output size of `mico.compress` with the same options.
 
-    Reads config.json and the headers of the weight files, and tries this machine for some seconds. Returns plain JSON
-    values (bytes, seconds), also written to `json`. Raises UserError for what compress would refuse in these options,
-    and when it cannot fit, saying what would.
+    Reads config.json and the headers of the weight files, and tries this machine for some seconds; texts are not read.
+    Returns plain JSON values (bytes, seconds), also written to `json`. Raises UserError for what compress would refuse
+    in these options, and when it cannot fit, saying what would. Of several devices the first one's part is told, as if
+    it carried all batches.
     """
     console = console or Console()
+    team = gather(device)
     source = Source(
-        model, nsamples=nsamples, seqlen=seqlen, batch_size=batch_size, device=device, dtype=dtype, offline=offline,
-        trust_remote_code=trust_remote_code, stream=stream,
+        model, calib, data_dir, data_file, nsamples, seqlen, batch_size, seed, team.devices[0], dtype, offline,
+        trust_remote_code, stream,
     )  # fmt: skip
+    if calib is not None and calib not in TEXTS:
+        raise UserError(f"--calib {calib}: choose from {', '.join(TEXTS)}, or give --data-file")
     settings = compression_of(
         sparsity=sparsity, pattern=pattern, wbits=wbits, target_avg_bits=target_avg_bits, n_groups=n_groups,
-        use_mi_grouping=use_mi_grouping, grouping=grouping, mi_method="gaussian", cluster="spectral", method=method,
-        arm=arm, allocation=None, group_size=group_size, percdamp=0.01, blocksize=128, profile=profile,
+        use_mi_grouping=use_mi_grouping, grouping=grouping, mi_method=mi_method, cluster=cluster, method=method,
+        arm=arm, allocation=allocation, group_size=group_size, percdamp=percdamp, blocksize=blocksize, profile=profile,
         embed_bits=embed_bits,
     )  # fmt: skip
     texts = parse_texts(eval if isinstance(eval, str) else ",".join(eval)) if eval is not None else None
@@ -87,15 +101,15 @@ def plan(
         texts = default_texts(is_reference(model), data_dir)
     if json is not None:
         check_writable("--json", json)
-    place = pick_device(device)
+    place = pick_device(source.device)
     hub = dict(offline=offline, trust_remote_code=trust_remote_code)
     config = load_config(model, **hub)
-    if settings.profile:
-        check_profile(settings.profile, config, family_of(config))
-    length = context_length(config.get_text_config(), seqlen)
+    check_shapes(config, source, settings)
+    length = context_length(config, seqlen)
     shape = outline(config, stored_tensors(model, **hub), f"model {model}")
+    check_coverage(shape.coverage, model, allow_partial)
     folder = Path(save) if save else results_root()
-    room = _room(place, folder)
+    room = _shared(_room(place, folder), team.size)
     concrete = DTYPES.get(dtype) or (torch.float32 if place.type == "cpu" else shape.dtype)
     streamed = streams(shape, concrete.itemsize, room, stream)
     task = Task(settings, nsamples, length, batch_size, concrete.itemsize, streamed, bool(texts))
@@ -110,7 +124,12 @@ def plan(
     seconds = Work(shape, task, found.size, machine).seconds(list(found.peaks), texts)
     other = forecast(shape, _other(task), room)
     report = _report(source, found, other, room, seconds) | {"settings": record(settings), "eval": list(texts)}
-    report |= {"device": str(place), "dtype": str(concrete).removeprefix("torch."), "seqlen": length}
+    report |= {
+        "device": str(place),
+        "processes": team.size,
+        "dtype": str(concrete).removeprefix("torch."),
+        "seqlen": length,
+    }
     if json is not None:
         atomic_json(json, report)
     return report
@@ -127,6 +146,11 @@ def _room(device: torch.device, folder: Path) -> Room:
     return Room(
         host, free_memory(device) if device.type == "cuda" else None, shutil.disk_usage(place).free, _resident_bytes()
     )
+
+
+def _shared(room: Room, processes: int) -> Room:
+    """What each of several processes on this machine may take: each reads the model."""
+    return replace(room, host=room.host // processes)
 
 
 def _resident_bytes() -> int:
@@ -191,7 +215,8 @@ def _bytes(count: float) -> str:
 
 def _peak_line(report: dict[str, Any]) -> str:
     free = report["free"]
-    line = f"peak {size_text(report['peak_host_bytes'])} of memory, {size_text(free['host'])} free"
+    each = f" in each of {report['processes']} processes" if report["processes"] > 1 else ""
+    line = f"peak {size_text(report['peak_host_bytes'])} of memory{each}, {size_text(free['host'])} free"
     if free["device"] is not None:
         line += f"; {size_text(report['peak_device_bytes'])} of the device, {size_text(free['device'])} free"
     return line

@@ -37,12 +37,11 @@ GROUPS = {
 # Changing this table changes what users and their scripts may type: do it deliberately, and say it in CHANGELOG.md.
 SURFACE: dict[str, dict[str, Any]] = {
     "plan": {
-        "model": None, "--nsamples": 128, "--seqlen": None, "--batch-size": 8, "--eval": None, "--data-dir": None,
-        "--offline": False, "--trust-remote-code": False, "--stream --no-stream": None, "--sparsity": None,
-        "--pattern": None, "--wbits": 4, "--target-avg-bits": None, "--method": None, "--arm": None,
-        "--group-size": None, "--profile": None, "--embed-bits": 16, "--n-groups": "auto",
-        "--use-mi-grouping --no-mi-grouping": None, "--grouping": None, "--save": None, "--device": "auto",
-        "--dtype": "auto", "--json": None, **RUN,
+        "model": None, **SOURCE, **RUN, "--use-mi-grouping --no-mi-grouping": None, "--n-groups": "auto",
+        "--grouping": None, "--mi-method": "gaussian", "--cluster": "spectral", "--sparsity": None, "--pattern": None,
+        "--wbits": 4, "--target-avg-bits": None, "--method": None, "--arm": None, "--allocation": None,
+        "--group-size": None, "--percdamp": 0.01, "--blocksize": 128, "--embed-bits": 16, "--profile": None,
+        "--eval": None, "--save": None, "--allow-partial": False, "--json": None,
     },
     "calibrate": {"model": None, **SOURCE, "--save": None, **RUN},
     "mi-group": {"model": None, **SOURCE, **GROUPS, "--grouping": "mi", "--save": None, **RUN},

@@ -12,12 +12,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # from the roof to the basement; a room is one top-level file or folder of mico/
     ("cli", {"__init__", "__main__", "cli", "options"}),
-    ("verbs", {"bench", "calibrate", "mi_group", "compress", "evaluate", "export", "import_llava", "plan", "report"}),
+    ("verbs", {"bench", "calibrate", "mi_group", "compress", "evaluate", "export", "import_llava", "plan", "report", "finetune"}),
     (
         "middle",
         {"walk", "loading", "methods", "metrics", "qat", "files", "runs", "stages", "solve", "reference"}
         | {"console", "tables", "summary", "callable", "card", "checkpoint", "exports", "forecast", "plugin"}
-        | {"team", "follow", "ends", "comparison", "comparison", "activations"},
+        | {"team", "follow", "ends", "comparison", "activations", "preflight"},
     ),
     ("ground", {"adapters", "channels", "packed", "data"}),
     ("basement", {"errors", "profiles", "settings"}),

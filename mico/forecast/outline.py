@@ -13,6 +13,7 @@ import torch
 from mico.adapters import auto_class, family_of
 from mico.adapters.family import Family, linears_of, lookup
 from mico.errors import UserError
+from mico.loading import coverage
 from mico.loading.headers import Stored
 from mico.loading.safety import reason, some
 from mico.loading.silence import quiet
@@ -40,7 +41,7 @@ class Outline:
 
     tables: (rows, channels) of the embedding, and of the head unless they are one; ends: parameters outside the
     blocks; tensors: that a checkpoint holds; stored_bytes: of the weight files; hidden: width between blocks; dtype: of
-    the checkpoint.
+    the checkpoint; coverage: share of the Linear parameters that gets compressed.
     """
 
     family: Family
@@ -53,6 +54,7 @@ class Outline:
     vocabulary: int
     stored_bytes: int
     dtype: torch.dtype
+    coverage: float
 
     @property
     def parameters(self) -> int:
@@ -91,7 +93,7 @@ def outline(config: Any, stored: dict[str, Stored], source: str) -> Outline:
     return Outline(
         family, tuple(shapes), tuple(sizes), sum(1 for _ in model.parameters()), tuple(ends.values()),
         needed - sum(sizes), text.hidden_size, text.vocab_size, sum(tensor.nbytes for tensor in stored.values()),
-        config.dtype or torch.float32,
+        config.dtype or torch.float32, coverage(model, family),
     )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def test_whole_model(embed_bits: int, table: int) -> None:
     norms = 200
     shape = Outline(
         LLAMA, ((STREAM,), (STREAM,)), (WEIGHTS + norms,) * 2, 30, ((50, 128),), 50 * 128 + 7, 128, 50, 0,
-        torch.bfloat16,
+        torch.bfloat16, 1.0,
     )  # fmt: skip
     found = packed_size(shape, made(embed_bits=embed_bits))
     linears = 2 * (4 * WEIGHTS + 96 * 20) // 8
