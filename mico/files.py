@@ -48,7 +48,7 @@ def writing(path: Path, full_alone: bool = False) -> Iterator[None]:
         if not full and (full_alone or not isinstance(error, (OSError, SafetensorError))):
             raise
         remedy = (
-            "free disk space or raise the file size limit, then run the same command again (finished work is kept)"
+            "free disk space or raise the file size limit, then run the same command again"
             if full
             else "choose a folder that can be written, or fix its permissions"
         )
