@@ -1,0 +1,325 @@
+"""The scripts of pipelines/: what they queue, that they resume, spread over GPUs and tell what failed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mico.loading.names import REFERENCE_DIR
+from tests.workspace import make_model, make_texts
+
+PIPELINES = Path(__file__).parents[1] / "pipelines"
+SCRIPTS = sorted(path.name for path in PIPELINES.glob("*.sh") if path.name != "common.sh")
+EXPERIMENTS = sorted(path.name for path in PIPELINES.glob("*.sh") if "\nbegin " in path.read_text(encoding="utf-8"))
+PLAIN = [name for name in EXPERIMENTS if name not in ("eval_only.sh", "mixtral.sh")]  # nothing but arms
+
+# Stands for mico: notes when it ran, where and with what, and leaves the run folder of a compression that `--save` names.
+FAKE = """#!{python} -IS
+import hashlib, json, os, pathlib, signal, sys, time
+began, words = time.monotonic(), sys.argv[1:]
+def tell(what):
+    line = json.dumps([what, os.environ["CUDA_VISIBLE_DEVICES"], began, time.monotonic(), words]) + chr(10)
+    with open(os.environ["RECORD"], "a") as file:
+        file.write(line)
+def end(*_):
+    tell("terminated")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, end)
+if words[0] != "compress":
+    tell("done")
+    sys.exit()
+folder = pathlib.Path(words[words.index("--save") + 1])
+if os.environ.get("HANG", "nothing") in folder.name:
+    tell("hanging")
+    time.sleep(60)
+time.sleep(float(os.environ.get("SECONDS_AN_ARM", "0")))
+if os.environ.get("FAIL", "nothing") in folder.name:
+    print("mico: error: broken on purpose")
+    tell("failed")
+    sys.exit(2)
+folder.mkdir(parents=True, exist_ok=True)
+report = json.dumps(dict(command=sys.argv)).encode()
+(folder / "report.json").write_bytes(report)
+outputs = dict(completed=dict(outputs={{"report.json": hashlib.sha256(report).hexdigest()}}))
+(folder / "manifest.json").write_text(json.dumps(outputs))
+tell("done")
+"""
+
+
+@dataclass
+class Shell:
+    """Runs a pipeline in an environment whose bin/mico is a stand-in, or the real one."""
+
+    root: Path
+    env: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unset = ("SEEDS", "GPUS", "JOBS", "CONTROLS", "RESULTS", "MICO_RESULTS", "CUDA_VISIBLE_DEVICES")
+        self.env = {name: value for name, value in os.environ.items() if name not in unset}
+        self.env |= dict(MICO_VENV=str(self.root), RECORD=str(self.root / "record"), RESULTS=str(self.results))
+        python = shlex.quote(sys.executable)
+        self.program("python", f'#!/bin/sh\nexec {python} "$@"\n')
+        self.program("mico", FAKE.format(python=sys.executable))
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results"
+
+    def program(self, name: str, text: str) -> None:
+        (self.root / "bin").mkdir(exist_ok=True)
+        (self.root / "bin" / name).write_text(text)
+        (self.root / "bin" / name).chmod(0o755)
+
+    def start(self, script: str, *arguments: str, **env: str) -> subprocess.Popen[str]:
+        command = ["bash", str(PIPELINES / script), *arguments]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, env=self.env | env, stdout=pipe, stderr=pipe, text=True, start_new_session=True, cwd=self.root
+        )
+
+    def run(self, script: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(script, *arguments, **env)
+        out, err = process.communicate(timeout=100)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def record(self) -> list[tuple[str, str, float, float, list[str]]]:
+        """(what, CUDA_VISIBLE_DEVICES, began, ended, words) of every call of the stand-in."""
+        import json
+
+        file = self.root / "record"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    return Shell(tmp_path)
+
+
+def value(words: list[str], option: str) -> str:
+    """What click takes: the last one given."""
+    return words[len(words) - words[::-1].index(option)]
+
+
+def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+# --- every script ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "common.sh"])
+def test_bash_can_parse_it(script: str) -> None:
+    text = (PIPELINES / script).read_text(encoding="utf-8")
+    assert "\nset -euo pipefail\n" in text or script == "common.sh"
+    subprocess.run(["bash", "-n", str(PIPELINES / script)], check=True)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing() -> None:
+    found = subprocess.run(["shellcheck", *map(str, PIPELINES.glob("*.sh"))], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("script", [*EXPERIMENTS, "smoke.sh", "quickstart.sh", "setup.sh"])
+def test_help_needs_no_environment(script: str, tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "RESULTS"} | dict(MICO_VENV=str(tmp_path / "no"))
+    command = ["bash", str(PIPELINES / script), "--help"]
+    found = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 0 and f"bash pipelines/{script}" in found.stdout and not list(tmp_path.iterdir())
+    assert ("CUDA_VISIBLE_DEVICES" in found.stdout) == (script in EXPERIMENTS)
+
+
+def test_smoke_runs_every_experiment() -> None:
+    listed = (PIPELINES / "smoke.sh").read_text(encoding="utf-8").partition("experiments=(quick")[2].partition(")")[0]
+    assert sorted(f"{name}.sh" for name in f"quick{listed}".split()) == EXPERIMENTS
+
+
+# --- what is queued -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "option", "values"),
+    [
+        ("quick_test.sh", "--arm", ["original", "enhanced", "mi"]),
+        ("opt_ablation.sh", "--arm", ["original", "enhanced", "mi"] * 3),
+        ("k_sweep.sh", "--n-groups", ["5", "10", "20", "50"]),
+        ("estimator_sweep.sh", "--mi-method", ["gaussian", "copula", "histogram", "knn"]),
+        ("sparsity_sweep.sh", "--sparsity", ["0.3", "0.5", "0.7"] * 2),
+    ],
+)
+def test_arms_of_a_sweep(shell: Shell, script: str, option: str, values: list[str]) -> None:
+    found = shell.run(script, "--wbits", "3")
+    assert found.returncode == 0, found.stderr
+    *arms, report = [words for _, _, _, _, words in shell.record()]
+    assert [value(words, option) for words in arms] == values
+    assert {value(words, "--wbits") for words in arms} == {"3"}
+    folders = [value(words, "--save") for words in arms]
+    assert len(set(folders)) == len(arms) and report[: len(arms) + 1] == ["report", *folders]
+    assert {device for _, device, *_ in shell.record()} == {"0"}
+
+
+@pytest.mark.parametrize("script", PLAIN)
+def test_smoke_takes_a_shipped_model_and_no_hub(shell: Shell, script: str) -> None:
+    assert shell.run(script, "--smoke").returncode == 0
+    *arms, _ = [words for _, _, _, _, words in shell.record()]
+    assert {words[1] for words in arms} <= {"tiny-llama", "tiny-opt"} and all("--offline" in words for words in arms)
+    texts = {value(words, "--data-dir") for words in arms}
+    assert {value(words, "--eval") for words in arms} == {"wikitext2"} and value(arms[0], "--calib") == "docs"
+    assert (Path(texts.pop()) / "wikitext2" / "test.txt").stat().st_size > 10_000
+
+
+def test_models_seeds_and_controls(shell: Shell) -> None:
+    found = shell.run("quick_test.sh", "org/one", "two", "--wbits=3", SEEDS="0 7", CONTROLS="1")
+    assert found.returncode == 0, found.stderr
+    *arms, _ = [words for _, _, _, _, words in shell.record()]
+    assert len(arms) == 2 * 2 * 6 and {words[1] for words in arms} == {"org/one", "two"}
+    assert {value(words, "--seed") for words in arms} == {"0", "7"}
+    assert {value(words, "--grouping") for words in arms if "--grouping" in words} == {"random", "range", "alpha"}
+    assert Path(value(arms[0], "--save")).name == "one-original-seed0"
+
+
+@pytest.mark.parametrize(
+    ("script", "given"), [("quick_test.sh", "--save=x"), ("quick_test.sh", "--arm"), ("k_sweep.sh", "--n_groups")]
+)
+def test_what_the_experiment_sets_is_refused(shell: Shell, script: str, given: str) -> None:
+    found = shell.run(script, given, "mi")
+    assert found.returncode == 2 and "is set by this experiment" in found.stderr and not shell.record()
+
+
+@pytest.mark.parametrize(("env", "said"), [(dict(JOBS="0"), "JOBS=0"), (dict(JOBS="2", GPUS="0 1"), "exclude")])
+def test_wrong_variables_are_refused(shell: Shell, env: dict[str, str], said: str) -> None:
+    found = shell.run("quick_test.sh", **env)
+    assert found.returncode == 2 and said in found.stderr and not shell.record()
+
+
+def test_eval_only_measures_runs_in_place_and_models_apart(shell: Shell) -> None:
+    run = shell.root / "run"
+    run.mkdir()
+    (run / "report.json").write_text("{}")
+    assert shell.run("eval_only.sh").returncode == 2
+    found = shell.run("eval_only.sh", str(run), "org/model", "--tasks", "piqa")
+    assert found.returncode == 0, found.stderr
+    first, second, report = [words for _, _, _, _, words in shell.record()]
+    assert first[:2] == ["eval", str(run)] and "--output-path" not in first and value(first, "--tasks") == "piqa"
+    assert second[:2] == ["eval", "org/model"] and value(second, "--output-path") == str(shell.results / "model")
+    assert report[:3] == ["report", str(run), "--html"]
+
+
+# --- how the queue runs ---------------------------------------------------------------------------------------------
+
+
+def test_arms_spread_over_gpus_one_at_a_time_each(shell: Shell) -> None:
+    found = shell.run("quick_test.sh", GPUS="3 5,6", SEEDS="0 1", SECONDS_AN_ARM="0.1", CUDA_VISIBLE_DEVICES="9")
+    assert found.returncode == 0, found.stderr
+    arms = [entry for entry in shell.record() if entry[4][0] == "compress"]
+    assert len(arms) == 6 and {device for _, device, *_ in arms} == {"3", "5,6"}
+    for device in ("3", "5,6"):
+        spans = sorted((began, ended) for _, where, began, ended, _ in arms if where == device)
+        assert all(before[1] <= after[0] for before, after in zip(spans, spans[1:], strict=False))
+    assert (shell.results / "logs" / "tiny-llama-mi-seed1.log").exists()
+
+
+def test_jobs_run_beside_each_other(shell: Shell) -> None:
+    assert shell.run("quick_test.sh", JOBS="3", SECONDS_AN_ARM="0.5").returncode == 0
+    arms = [entry for entry in shell.record() if entry[4][0] == "compress"]
+    assert max(began for _, _, began, _, _ in arms) < min(ended for _, _, _, ended, _ in arms)
+
+
+def test_a_failed_arm_is_told_and_the_others_run(shell: Shell) -> None:
+    found = shell.run("quick_test.sh", FAIL="enhanced", JOBS="2")
+    assert found.returncode == 2
+    assert "FAILED tiny-llama-enhanced-seed0 (status 2)" in found.stderr and "broken on purpose" in found.stderr
+    report = shell.record()[-1][4]
+    assert [Path(word).name for word in report[1:3]] == ["tiny-llama-original-seed0", "tiny-llama-mi-seed0"]
+    calls = len(shell.record())
+    again = shell.run("quick_test.sh")
+    assert again.returncode == 0 and again.stderr.count("skipped\n") == 2
+    assert [words[0] for _, _, _, _, words in shell.record()[calls:]] == ["compress", "report"]
+
+
+def test_an_arm_of_another_command_or_with_a_damaged_report_runs_again(shell: Shell) -> None:
+    arms = ["original", "enhanced", "mi"]
+    shell.run("quick_test.sh")
+    (shell.results / "tiny-llama-mi-seed0" / "report.json").write_text("{")
+    calls = len(shell.record())
+    assert shell.run("quick_test.sh").returncode == 0
+    assert [value(words, "--arm") for *_, words in shell.record()[calls:-1]] == ["mi"]
+    calls = len(shell.record())
+    shell.run("quick_test.sh", "--wbits", "3")
+    assert [value(words, "--arm") for *_, words in shell.record()[calls:-1]] == arms
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_ends_the_arm_too(shell: Shell, number: int, status: int) -> None:
+    process = shell.start("quick_test.sh", HANG="enhanced")
+    until(lambda: any(what == "hanging" for what, *_ in shell.record()), process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == status and "the same command goes on" in err
+    assert [what for what, *_ in shell.record()] == ["done", "hanging", "terminated"]
+    with pytest.raises(ProcessLookupError):  # nobody of its process group is left
+        os.killpg(process.pid, 0)
+
+
+def test_a_killed_sweep_repeats_no_finished_arm(shell: Shell) -> None:
+    """With mico itself on a model of two layers."""
+    code = "from mico.cli import main; import sys; sys.exit(main())"
+    root = PIPELINES.parent
+    shell.program(
+        "mico", f"#!/bin/sh\nPYTHONPATH={root} exec {shlex.quote(sys.executable)} -c {shlex.quote(code)} \"$@\"\n"
+    )
+    model, texts = make_model(shell.root / "tiny"), make_texts(shell.root / "texts")
+    command = (str(model), "--data-dir", str(texts), "--calib", "wikitext2", "--eval", "none", "--nsamples", "4")
+    env = dict(N_GROUPS="2 3", MICO_RESULTS=str(shell.results), OMP_NUM_THREADS="1")
+    first, second = (shell.results / f"tiny-mi-n-groups-{count}-seed0" for count in (2, 3))
+    process = shell.start("k_sweep.sh", *command, **env)
+    until(lambda: (second / "manifest.json").exists(), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert (first / "report.json").exists() and not (second / "report.json").exists()
+    before = (first / "report.json").stat()
+    again = shell.run("k_sweep.sh", *command, **env)
+    assert again.returncode == 0, again.stderr
+    after = (first / "report.json").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert f"{first.name}: finished before by the same command, skipped" in again.stderr
+    assert f"{second.name}: done in" in again.stderr and "1 done, 1 skipped, 0 failed" in again.stderr
+    assert (shell.results / "report.json").exists()
+
+
+# --- the small Mixtral ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("noise", "nearest"), [(0.0, 0.0), (0.05, 1e-3)])
+def test_an_upcycled_mixtral_computes_what_its_llama_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noise: float, nearest: float
+) -> None:
+    spec = importlib.util.spec_from_file_location("upcycle", PIPELINES / "upcycle.py")
+    assert spec is not None and spec.loader is not None
+    upcycle = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(upcycle)
+    monkeypatch.setattr(upcycle, "NOISE", noise)
+    upcycle.upcycle(REFERENCE_DIR / "tiny-llama", tmp_path / "mixtral")
+    ids = torch.arange(40).unsqueeze(0) * 7
+    logits = []
+    for folder in (REFERENCE_DIR / "tiny-llama", tmp_path / "mixtral"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            logits.append(model(ids).logits)
+    difference = float((logits[0] - logits[1]).abs().max())
+    assert nearest <= difference < nearest * 1e4 + 1e-4
