@@ -15,12 +15,15 @@ import contextlib
 import fcntl
 import functools
 import json
+import math
 import os
 import platform
+import re
 import secrets
 import shutil
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -195,6 +198,17 @@ class RunFolder:
         header = _read_header(file)
         layers = {name: unpack_weight(tensors, f"layer/{name}/", small) for name, small in header["layers"].items()}
         return layers, {name: tensors[f"extra/{name}"] for name in header["extra"]}, header["records"]
+
+    def extra_bytes(self) -> Counter[str]:
+        """Bytes of the extra tensors in the finished blocks, by the last part of their names."""
+        found: Counter[str] = Counter()
+        for index in range(self.finished):
+            with safe_open(self._block_file(index), framework="pt") as opened:
+                for name in (name for name in opened.keys() if name.startswith("extra/")):  # noqa: SIM118
+                    part = opened.get_slice(name)
+                    size = math.prod(part.get_shape()) * int(re.sub(r"\D", "", part.get_dtype())) // 8
+                    found[name.rpartition("/")[2]] += size
+        return found
 
     def _block_file(self, index: int) -> Path:
         return self.path / BLOCKS / f"{index:03d}.safetensors"

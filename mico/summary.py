@@ -276,28 +276,21 @@ def scores_section(result: Report) -> Section:
 
 
 def _sizes(size: dict[str, Any]) -> Section:
+    packed = size["packed_bytes"]
     rows = (
         ("nominal bits a kept weight", number(size["nominal_bits"])),
         ("true bits a weight", number(size["true_bits"])),
         ("sparsity", number(size["sparsity"])),
         ("share of the model compressed", f"{size['share_compressed']:.1%}"),
         ("dense model at 16 bits", size_text(size["dense_bytes"])),
-        ("at true bits", f"{size_text(size['packed_bytes'])}, {_ratio(size)} of dense"),
-        ("weight files written", f"{size_text(size['bytes'])}, {_overhead(size):+.2%} for headers"),
+        ("at true bits", f"{size_text(packed)}, {packed / size['dense_bytes']:.1%} of dense"),
+        ("weight files written", f"{size_text(size['bytes'])}, {size['bytes'] / packed - 1:+.2%} for headers"),
     )
     lines = (
         "True bits count codes, scales, zeros, widths, masks, labels and biases of the compressed Linears. The size at "
         "true bits adds the rest of the model (embeddings, norms) as it is stored.",
     )
     return Section("Size", ("", ""), rows, lines, frozenset({(1, 1)}))
-
-
-def _overhead(size: dict[str, Any]) -> float:
-    return float(size["bytes"] / size["packed_bytes"] - 1)
-
-
-def _ratio(size: dict[str, Any]) -> str:
-    return f"{size['packed_bytes'] / size['dense_bytes']:.1%}"
 
 
 def _costs(report: Report) -> Section:
@@ -313,9 +306,8 @@ def _costs(report: Report) -> Section:
     rows += [(f"{name}, made by an earlier run", duration_text(value)) for name, value in reused.items()]
     rows.append(("peak host memory", size_text(report["peak_host_bytes"])))
     rows += _processes(report.get("processes", []))
-    rows.append(
-        ("peak GPU memory", size_text(report["peak_device_bytes"]) if report["peak_device_bytes"] else "no GPU")
-    )
+    gpu = cost["peak_device_bytes"]
+    rows.append(("peak GPU memory", "no GPU" if gpu is None else size_text(gpu)))
     rows += _kept(cost)
     resumed = report.get("resumed_blocks", 0)
     lines = (f"Resumed after {resumed} blocks: times and memory are those of the last start.",) if resumed else ()
@@ -325,8 +317,8 @@ def _costs(report: Report) -> Section:
 def _kept(cost: dict[str, float | None]) -> list[tuple[str, str]]:
     """What is kept of the activations, on disk."""
     names = {"history_bytes": "activation rows kept", "moments_bytes": "second moments kept"}
-    sizes = {label: cost[name] for name, label in names.items()}
-    return [(label, "not recorded" if size is None else size_text(size)) for label, size in sizes.items()]
+    sizes = ((label, cost[name]) for name, label in names.items())
+    return [(label, "not recorded" if size is None else size_text(size)) for label, size in sizes]
 
 
 def _processes(processes: list[dict[str, Any]]) -> list[tuple[str, str]]:

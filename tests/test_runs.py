@@ -121,6 +121,19 @@ def test_block_round_trip_and_bytes(
     assert again == records
 
 
+def test_the_bytes_of_extra_tensors_are_told_by_name(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path / "run", {}) as run:
+        assert run.extra_bytes() == {}
+        for index in range(2):
+            extra = {f"{stream}/rows": torch.zeros(7, 3 + index, dtype=torch.float16) for stream in ("attn", "mlp")}
+            extra |= {
+                "attn/sum": torch.zeros(3, dtype=torch.float64),
+                "attn/mark": torch.zeros(2, dtype=torch.bfloat16),
+            }
+            run.write_block(index, block(index)[0], extra, [])
+        assert run.extra_bytes() == {"rows": 2 * 2 * 7 * (3 + 4), "sum": 2 * 8 * 3, "mark": 2 * 2 * 2}
+
+
 def test_resume_counts_blocks_and_rebuilds_layers(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "run"
     with RunFolder.open(folder, ARGUMENTS) as run:

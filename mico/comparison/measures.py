@@ -11,7 +11,7 @@ from mico.summary import costs
 FINGERPRINT_DIGITS = 8
 VERSIONS = ("mico", "torch", "transformers")  # other versions may compute something else: runs of them make other arms
 MEASURED_BY = ("protocol", "seqlen", "tokens", "windows", "bos", "sha256", "tokens_sha256")  # of one perplexity
-TEXT_FIGURES = {"perplexity": "perplexity", "kl_divergence": "kl", "top1_agreement": "top1"}
+TEXT_FIGURES = {"perplexity": "perplexity", "kl_divergence": "kl", "top1_agreement": "top1", "kl": "kl", "top1": "top1"}
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def _tests(found: Comparison) -> list[Section]:
         lines.append("Metrics of tasks are tested as they are: the change is the difference.")
     if made:
         lines.append(
-            f"Two-sided, over the n seeds that both have; {made} test{'s' if made > 1 else ''}, p not corrected for that."
+            f"Two-sided, over the n seeds that both have; p of each by itself, {made} test{'s' if made > 1 else ''} in all."
         )
     columns = ("arm", "of", "n", "difference", "change", "95 % interval", "t", "p")
     return [Section(f"Paired t-test against {found['baseline']}", columns, tuple(rows), tuple(lines))]
