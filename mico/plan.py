@@ -174,7 +174,7 @@ def _report(source: Source, found: Forecast, other: Forecast, room: Room, second
         model=source.model, family=shape.family.name, layers=len(shape.blocks), parameters=shape.parameters,
         linear_weights=shape.linear_weights, stages=stages, peak_host_bytes=round(found.host),
         peak_device_bytes=round(found.device), disk_bytes=round(sum(found.disk.values())),
-        seconds=round(sum(seconds.values()), 1), streams=found.task.streamed,
+        seconds=round(sum(seconds.values()), 1), streams=found.task.streamed, hidden_in_file=found.task.spilled,
         whole_model_bytes=shape.parameters * found.task.itemsize, peak_otherwise_bytes=round(_peak(other)),
         fits_otherwise=other.fits(room), free=dict(host=room.host, device=room.device, disk=room.disk),
         weights_room_bytes=room.weights, packed_bytes=found.size.tensors, bytes=found.size.file,
@@ -226,6 +226,9 @@ def _stream_line(report: dict[str, Any]) -> str:
     whole, allowed = size_text(report["whole_model_bytes"]), size_text(MEMORY_SHARE * report["weights_room_bytes"])
     peak = size_text(report["peak_otherwise_bytes"])
     fits = "" if report["fits_otherwise"] else ", which does not fit"
+    fits += "; hidden states go to a file" if report["hidden_in_file"] else ""
     if report["streams"]:
-        return f"blocks are read from disk one by one (all {whole}, kept up to {allowed}); --no-stream: {peak}{fits}"
+        return (
+            f"blocks are read from disk one by one (all {whole}, kept up to {allowed}); --no-stream: {peak}{fits}"
+        )
     return f"the whole model is in memory ({whole}; streamed above {allowed}); --stream: {peak}{fits}"

@@ -13,17 +13,18 @@ from typing import Any
 import pytest
 
 import mico
+import mico.activations as activations
 import mico.plan as verb
 from mico import cli
 from mico.errors import UserError
-from mico.forecast import machine, memory
+from mico.forecast import fit, machine, memory
 from mico.forecast.fit import Room, streams
 from mico.forecast.machine import Machine
 from mico.forecast.memory import START_BYTES
 from mico.forecast.outline import Outline, outline
 from mico.loading import load_config
 from mico.loading.headers import stored_tensors
-from tests.workspace import Workspace, workspace
+from tests.workspace import WIDTH, Workspace, workspace
 
 GB = 10**9
 STILL = Machine(*[1e9] * 4, *[1e-6] * 5, *[1e9] * 4)  # a machine that nobody has to wait for
@@ -40,6 +41,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Call it to plan on another machine than this one, and without trying it."""
     monkeypatch.setattr(verb, "measure", lambda *_: STILL)
     monkeypatch.setattr(memory, "HEAP_BYTES", 0)  # which would outweigh so small a model
+    monkeypatch.setattr(fit, "spills", lambda *_: False)  # as activations do, where memory is as scarce as here
 
     def set_room(**free: Any) -> None:
         monkeypatch.setattr(verb, "_room", lambda *_: replace(ROOM, **free))
@@ -161,6 +163,23 @@ def test_the_remedy_is_true(space: Workspace, room: Any, free: float, capsys: py
     remedy = found[1].split()
     kept = [word for word in words if not (word == "--no-stream" and "--stream" in remedy)]
     assert cli.main(["plan", *kept, *remedy]) == 0, shown.err
+
+
+def test_hidden_states_that_would_fill_the_memory_go_to_the_disk(
+    space: Workspace, room: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    big = dict(eval="none", nsamples=40_000, seqlen=128, stream=True)
+    within = mico.plan(str(space.model), **big)
+    monkeypatch.setattr(fit, "spills", activations.spills)
+    assert mico.plan(str(space.model), **big) == within
+    hidden = 2 * 40_000 * 128 * WIDTH * 4
+    room(host=2 * hidden + 1)
+    assert not mico.plan(str(space.model), **big)["hidden_in_file"]
+    room(host=2 * hidden - 1)
+    without = mico.plan(str(space.model), **big)
+    assert without["hidden_in_file"] and "hidden states go to a file" in verb.section(without).lines[2]
+    assert within["peak_host_bytes"] - without["peak_host_bytes"] > 0.9 * hidden
+    assert without["disk_bytes"] - within["disk_bytes"] == hidden
 
 
 def test_what_can_never_fit(space: Workspace, room: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mico.activations import TRACKS, spills
 from mico.errors import UserError
-from mico.forecast.memory import BLOCK_FILE, Memory, Need, Task
+from mico.forecast.memory import BLOCK_FILE, Memory, Need, Task, hidden_bytes
 from mico.forecast.outline import Outline
 from mico.forecast.size import Size, packed_size
 from mico.loading.streaming import MEMORY_SHARE
@@ -57,14 +58,21 @@ class Forecast:
 
 
 def forecast(shape: Outline, task: Task, room: Room) -> Forecast:
-    """Memory and disk of a task. Raises UserError where the options do not fit the shapes."""
-    size = packed_size(shape, task.settings)
+    """Memory and disk of a task, by the rule of the walk for what goes to a file.
+
+    Raises UserError where the options do not fit the shapes.
+    """
+    size, hidden = packed_size(shape, task.settings), TRACKS * hidden_bytes(shape, task)
+    weights = 0 if task.streamed or room.device is not None else shape.parameters * task.itemsize
+    task = replace(task, spilled=spills(hidden, max(room.host - weights, 0)))
     memory = Memory(shape, task, size, room.base)
     needs = memory.stages()
     peaks = {stage: memory.peaks(need, room.device is not None) for stage, need in needs.items()}
     disk = {"compress": BLOCK_FILE * shape.linear_weights, "save": float(size.file)}
     if "statistics" in needs:
         disk["statistics"] = float(memory.statistics_file)
+    if task.spilled:
+        disk["compress"] += hidden
     return Forecast(shape, task, size, memory, needs, peaks, disk)
 
 

@@ -43,7 +43,10 @@ FINISHED = 2.0  # bytes a weight of a finished Linear in memory: code and mask
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be done, as far as memory and time depend on it. itemsize: of the dtype that the model computes in."""
+    """What is to be done, as far as memory and time depend on it.
+
+    itemsize: of the dtype that the model computes in; spilled: hidden states between blocks are in a file.
+    """
 
     settings: Compression
     nsamples: int
@@ -52,6 +55,7 @@ class Task:
     itemsize: int
     streamed: bool
     evaluates: bool
+    spilled: bool = False
 
     @property
     def tokens(self) -> int:
@@ -119,6 +123,11 @@ def gram_bytes(channels: int, tokens: float, paths: int = 1) -> float:
     return 4 * channels**2 + max(4.0 * paths * tokens * channels, widened)
 
 
+def hidden_bytes(shape: Outline, task: Task) -> int:
+    """Hidden states of all calibration windows between two blocks."""
+    return task.tokens * shape.hidden * task.itemsize
+
+
 class Memory:
     """Peak memory of the stages of one task on one model."""
 
@@ -129,7 +138,7 @@ class Memory:
         self.stored_block = max(shape.block_parameters) * shape.dtype.itemsize
         self.stored_ends = shape.ends * shape.dtype.itemsize
         self.model = 0 if task.streamed else shape.parameters * task.itemsize
-        self.hidden = task.tokens * shape.hidden * task.itemsize  # activations between two blocks
+        self.hidden = 0 if task.spilled else hidden_bytes(shape, task)
 
     # --- stages ---
 
