@@ -25,7 +25,8 @@ from mico.files import TEMPORARY, fingerprint, writing
 
 BUDGET = 2 << 30  # bytes of dense logits that are kept
 DISK_SHARE = 0.5  # of the free disk space that they may take
-CHUNK = 1 << 22  # logits turned to float64 at a time
+PIECE = 1 << 22  # logits written or read at a time
+CHUNK = 1 << 16  # logits turned to float64 at a time: they stay in the cache of a core
 BYTES = 4  # of a logit in the file
 
 
@@ -73,15 +74,17 @@ class DenseReference:
         *,
         folder: Path | None = None,
         name: str | None = None,
-        budget: int = BUDGET,
+        budget: int | None = None,
     ) -> None:
         """folder: where the file lies (None: the system's temporary folder). name: None for a file that vanishes with
         the process; otherwise it stays for a later process with the same `name` (what identifies the dense model) and
         the same windows, until `delete`. Raises UserError when the folder cannot be written.
         """
-        self.vocabulary = vocabulary
+        self.vocabulary, self._piece = vocabulary, max(1, PIECE // vocabulary)
         self._folder = Path(folder or tempfile.gettempdir())
-        affordable = min(budget, int(DISK_SHARE * shutil.disk_usage(self._folder).free))
+        with writing(self._folder):
+            free = shutil.disk_usage(self._folder).free
+        affordable = min(BUDGET if budget is None else budget, int(DISK_SHARE * free))
         shapes = {text: (len(windows.ids_NT), windows.seqlen - 1) for text, windows in sets.items()}
         self._each = {text: each for text, (_, each) in shapes.items()}
         self.rows = shared_rows(shapes, affordable // (BYTES * vocabulary))
@@ -121,7 +124,8 @@ class DenseReference:
         assert logits_PV.shape[-1] == self.vocabulary, "logits of another width than the config's vocabulary"
         with writing(self._folder):
             self._file.seek(offset)
-            self._file.write(logits_PV[:count].float().cpu().contiguous().numpy().data)
+            for piece_PV in logits_PV[:count].split(self._piece):
+                self._file.write(piece_PV.float().cpu().contiguous().numpy().data)
         self._recorded.add((text, window))
 
     def finish(self) -> None:
@@ -153,10 +157,15 @@ class DenseReference:
                 f"the model's vocabulary has {logits_PV.shape[-1]:,} tokens, the dense model's {self.vocabulary:,}: "
                 "give the model it was made from as --dense, or --no-kl"
             )
+        total, agreeing, buffer_PV = 0.0, 0, torch.empty(min(count, self._piece), self.vocabulary)
         self._file.seek(offset)
-        data = bytearray(self._file.read(count * BYTES * self.vocabulary))
-        dense_PV = torch.frombuffer(data, dtype=torch.float32).view(count, self.vocabulary).to(logits_PV.device)
-        self._compared[text, window] = (count, *divergence(dense_PV, logits_PV[:count].float()))
+        for piece_PV in logits_PV[:count].split(self._piece):
+            dense_PV = buffer_PV[: len(piece_PV)]
+            read = self._file.readinto(dense_PV.numpy().data.cast("B"))  # type: ignore[attr-defined]
+            assert read == dense_PV.nbytes, "the file is shorter than what was recorded"
+            part, same = divergence(dense_PV.to(piece_PV.device), piece_PV.float())
+            total, agreeing = total + part, agreeing + same
+        self._compared[text, window] = (count, total, agreeing)
 
     def results(self) -> dict[str, dict[str, Any]]:
         """By text: kl_divergence (nats a token), top1_agreement (a share), kl_tokens (over which both are means)."""
@@ -167,9 +176,9 @@ class DenseReference:
                 found[text] = _means(members)
         return found
 
-    def overall(self) -> dict[str, Any]:
-        """The same over the tokens of all texts."""
-        return _means(self._compared.values())
+    def overall(self) -> dict[str, Any] | None:
+        """The same over the tokens of all texts; None when not one was kept."""
+        return _means(self._compared.values()) if self._compared else None
 
     # --- the end ---
 

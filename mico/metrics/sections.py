@@ -51,12 +51,17 @@ def divergence_cells(score: dict[str, Any]) -> tuple[str, str]:
 
 def divergence_line(result: Result) -> str:
     """What KL and top-1 were measured over, and their means over all texts."""
-    over = ", ".join(f"{name} {score.get('kl_tokens', 0):,}" for name, score in result["texts"].items())
-    means = result["kl"]
+    name, means = result["dense"]["model"], result["kl"]
+    if means is None:
+        return f"dense model {name}; no KL: there is no disk space for what it says about a single token"
+    kept = [
+        f"{text} {score.get('kl_tokens', 0):,} of {score['tokens'] - score['windows']:,}"
+        for text, score in result["texts"].items()
+    ]
     return (
-        f"KL(dense || this model) in nats a token and share of tokens with the same likeliest next one, dense model "
-        f"{result['dense']['model']}; over the first predicted tokens of each text: {over}; "
-        f"mean over all of them: KL {means['kl_divergence']:.3g}, top-1 {means['top1_agreement']:.1%}"
+        f"dense model {name}; KL(dense || this model) in nats a token, and how often both hold the same next token "
+        f"likeliest, over the first predicted tokens of each text ({', '.join(kept)}); in all KL "
+        f"{means['kl_divergence']:.3g}, top-1 {means['top1_agreement']:.1%}"
     )
 
 
