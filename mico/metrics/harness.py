@@ -31,6 +31,7 @@ from mico.errors import UserError
 from mico.files import atomic_json, atomic_write, fingerprint, read_json, writing
 from mico.loading.silence import quiet
 
+OLDEST = "0.4.13"  # version of lm-eval: earlier ones load tasks and aggregate groups by other functions
 TASKS = "tasks"  # the folder of finished tasks, inside the one given
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of functions without source: another one in every process
 _ASK_ENVIRONMENT = collect_env.get_pretty_env_info
@@ -95,6 +96,7 @@ def run_tasks(
             lm_eval=_version(), model=model_fingerprint, dtype=str(model.dtype), max_length=evaluated.max_length,
             seed=seed,
         )  # fmt: skip
+        limit = None if limit is None else float(limit)  # 8 and 8.0 ask for the same
         settings = _Settings(num_fewshot, limit, seed, batch_size, log_samples, facts)
         finished = {}
         with exact_execution(model):
@@ -110,7 +112,7 @@ def _load_tasks(tasks: Sequence[str], include_path: str | None, offline: bool) -
         except ImportError as error:
             if (error.name or "").partition(".")[0] not in ("lm_eval", "evaluate"):
                 raise
-            raise UserError("--tasks needs lm-eval, which is not installed: pip install 'mico[eval]'") from None
+            raise UserError(f"--tasks needs lm-eval {OLDEST} or later: pip install 'mico[eval]'") from None
         return load_tasks(tasks, include_path)
 
 
@@ -139,7 +141,7 @@ def _finished(
         record = read_json(file, "delete it and run again")
         if not isinstance(record.get("result"), dict):
             raise UserError(f"{file} holds no result: delete it and run again")
-        console.note(f"task {name}: finished before, read from {file}")
+        console.note(f"task {name}: finished before with batches of {record.get('batch_size')}, read from {file}")
         return record | {"reused": True}
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -194,9 +196,9 @@ def _run(
             **dict.fromkeys(seeds, settings.seed),
         )  # fmt: skip
     samples = result.pop("samples", {}).get(name, [])
-    truncated = sum("runcat" in warning for warning in warnings)
+    truncated = sum("runcating" in warning for warning in warnings)  # lm-eval warns of each that is cut
     if truncated:
-        console.note(f"task {name}: {truncated} requests, longer than {model.max_length} tokens, lost their start")
+        console.note(f"task {name}: requests longer than {model.max_length} tokens lost their start, {truncated} times")
     record = dict(
         digest=digest, reused=False, batch_size=model.batch_size, batch_halvings=model.halvings - halvings,
         truncated=truncated, seconds=round(time.monotonic() - started, 3), result=json.loads(_json(result)),

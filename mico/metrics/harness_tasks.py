@@ -59,7 +59,8 @@ def _resolve(names: Sequence[str], include_path: str | None) -> tuple[TaskManage
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise UserError(f"--include-path {include_path}: is not a folder: give the one that holds the task YAML files")
-    if not [name for name in names if name.strip()]:
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
         raise UserError("--tasks: no name given: try mico_choice,mico_rolling")
     folders = [OWN_TASKS, *([] if include_path is None else [Path(include_path)])]
     manager = TaskManager(include_defaults=False, include_path=list(folders))
