@@ -101,7 +101,13 @@ def _fallbacks(arms: Sequence[Arm]) -> Iterator[str]:
         what = Counter(fallback["what"] for run in arm.runs for fallback in run.report["fallbacks"])
         if what:
             most, count = what.most_common(1)[0]
-            yield f"{arm.name}: {what.total()} fallbacks in {len(arm.runs)} runs, {count} of them: {most}"
+            share = "all" if count == what.total() else f"{count} of them"
+            runs = _counted(len(arm.runs), "run")
+            yield f"{arm.name}: {_counted(what.total(), 'fallback')} in {runs}, {share}: {most}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number > 1 else ''}"
 
 
 def _environments(arms: Sequence[Arm]) -> Iterator[str]:
@@ -117,6 +123,6 @@ def _environments(arms: Sequence[Arm]) -> Iterator[str]:
 def _resumed(arms: Sequence[Arm]) -> Iterator[str]:
     for run in (run for arm in arms for run in arm.runs):
         if blocks := run.report.get("resumed_blocks", 0):
-            yield f"{run.folder}: resumed after {blocks} blocks, its times are those of the last start"
+            yield f"{run.folder}: resumed after {_counted(blocks, 'block')}, its times are those of the last start"
         if changed := run.report.get("environment_changes"):
             yield f"{run.folder}: resumed in another environment ({'; '.join(changed)})"

@@ -91,7 +91,7 @@ def _arms(found: Comparison) -> Section:
         best = _best([_figure(arm, text) for arm in arms])
         strong |= {(best, column)} if best is not None else set()
     runs = sum(len(arm["folders"]) for arm in arms)
-    title = f"{runs} runs, {len(arms)} arm{'s' if len(arms) > 1 else ''}"
+    title = f"{runs} run{'s' if runs > 1 else ''}, {len(arms)} arm{'s' if len(arms) > 1 else ''}"
     columns = ("arm", "n", *texts, "true bits")
     return Section(title, columns, tuple(rows), (*_legend(found), *_reading(found)), frozenset(strong))
 
@@ -144,7 +144,7 @@ def _tests(found: Comparison) -> list[Section]:
         lines.append("Metrics of tasks are tested as they are: the change is the difference.")
     if made:
         lines.append(
-            f"Two-sided, over the n seeds that both have; p of each by itself, {made} test{'s' if made > 1 else ''} in all."
+            f"Two-sided, over the n seeds that both have; p of each by itself, of {made} test{'s' if made > 1 else ''}."
         )
     columns = ("arm", "of", "n", "difference", "change", "95 % interval", "t", "p")
     return [Section(f"Paired t-test against {found['baseline']}", columns, tuple(rows), tuple(lines))]
@@ -291,7 +291,11 @@ def _costs(found: Comparison) -> list[Section]:
 
 def _time_text(stat: dict[str, Any] | None) -> str:
     """A time with its deviation, where any was spent."""
-    return stat_text(stat if stat is None or stat["mean"] > 0 else stat | dict(sd=None), duration_text)
+    return stat_text(stat if stat is None or stat["mean"] > 0 else stat | dict(sd=None), _seconds)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value < 10 else duration_text(value)
 
 
 def _size_text(stat: dict[str, Any] | None) -> str:

@@ -60,7 +60,7 @@ def test_markdown_and_values_agree(seeds: int) -> None:
 def test_the_lowest_mean_stands_out() -> None:
     found = compare(three_arms())
     assert section(found, "9 runs").strong == {(2, 2)}
-    assert section(compare([made()]), "1 runs, 1 arm").strong == frozenset()
+    assert section(compare([made()]), "1 run, 1 arm").strong == frozenset()
 
 
 def test_figures_of_seeds_in_words() -> None:

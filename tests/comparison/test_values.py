@@ -86,7 +86,7 @@ def test_everything_else_that_differs_is_told() -> None:
         [made(), made(seed=1), made("original")]
     )
     fallbacks = [dict(layer="a", what="damping raised"), dict(layer="b", what="x"), dict(layer="c", what="x")]
-    assert "mi: 3 fallbacks in 1 runs, 2 of them: x" in notices([made(fallbacks=fallbacks)])
+    assert "mi: 3 fallbacks in 1 run, 2 of them: x" in notices([made(fallbacks=fallbacks)])
     resumed = made(resumed_blocks=4, environment_changes=["torch: there 1, here 2"])
     assert "runs/mi-0: resumed after 4 blocks" in notices([resumed]) and "torch: there 1" in notices([resumed])
 
