@@ -19,7 +19,7 @@ from torch import nn
 
 from mico.errors import UserError, out_of_memory
 from mico.files import writing
-from mico.loading.streaming import free_memory
+from mico.loading.free import free_memory
 
 Batch = Mapping[str, torch.Tensor]  # what the model is called with: input_ids, later also pixel_values
 Found = TypeVar("Found")

@@ -24,8 +24,9 @@ from mico.forecast.memory import Task
 from mico.forecast.outline import outline
 from mico.forecast.work import Work
 from mico.loading import DTYPES, context_length, is_reference, load_config, pick_device
+from mico.loading.free import free_memory
 from mico.loading.headers import stored_tensors
-from mico.loading.streaming import MEMORY_SHARE, free_memory
+from mico.loading.streaming import MEMORY_SHARE
 from mico.metrics.perplexity import default_texts, parse_texts
 from mico.preflight import check_coverage, check_shapes
 from mico.settings import Source, compression_of, record
@@ -228,7 +229,5 @@ def _stream_line(report: dict[str, Any]) -> str:
     fits = "" if report["fits_otherwise"] else ", which does not fit"
     fits += "; hidden states go to a file" if report["hidden_in_file"] else ""
     if report["streams"]:
-        return (
-            f"blocks are read from disk one by one (all {whole}, kept up to {allowed}); --no-stream: {peak}{fits}"
-        )
+        return f"blocks are read from disk one by one (all {whole}, kept up to {allowed}); --no-stream: {peak}{fits}"
     return f"the whole model is in memory ({whole}; streamed above {allowed}); --stream: {peak}{fits}"

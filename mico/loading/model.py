@@ -19,10 +19,11 @@ from mico.checkpoint import (
     verify_checkpoint,
 )  # its import also registers the plugin of packed checkpoints
 from mico.errors import UserError
+from mico.loading.free import free_memory
 from mico.loading.names import PROCESSOR_FILES, local_folder, source_of
 from mico.loading.safety import check_folder, check_remote_code, fingerprint, reason, some, tensor_shapes
 from mico.loading.silence import quiet
-from mico.loading.streaming import MEMORY_SHARE, BlockStore, free_memory, shell
+from mico.loading.streaming import MEMORY_SHARE, BlockStore, shell
 from mico.packed.experts import unfuse
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -179,14 +179,3 @@ def shell(config: Any, folder: Path, blocks: str, dtype: torch.dtype, device: to
     store.fill(None)  # what is missing is told at once
     store.empty(None)
     return store
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on a device; of the host on Linux, elsewhere, where nobody tells, very many."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 1 << 62
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
