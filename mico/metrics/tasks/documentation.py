@@ -1,8 +1,9 @@
 """Questions and passages of the lm-eval tasks that mico ships, from the documentation that every Python carries.
 
-Only the evaluation share is asked, on which nothing is calibrated; examples in the prompt come from the other. Another
-Python version carries other texts, so results compare only within one. lm-eval calls `choice` and `rolling` for the
-YAML files beside this one, on its own command line too: `lm_eval --include_path mico/metrics/tasks`.
+Only the evaluation share is asked, on which nothing is calibrated; examples in the prompt come from the other. Python
+says some things in several places, so passages that share COMMON words in a row with the other share are left out.
+Another Python version carries other texts: results compare only within one. lm-eval calls `choice` and `rolling` for
+the YAML files beside this one, on its own command line too: `lm_eval --include_path mico/metrics/tasks`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ QUESTIONS, EXAMPLES = 400, 32
 A_TOPIC = 24  # questions of one topic at most: a few topics hold half of the text
 DOCUMENTS, DOCUMENT = 60, 2000  # passages of the rolling task, and characters of the longest
 SHORTEST = 400  # characters of the shortest passage
+COMMON = 12  # words in a row that both shares hold: a passage with such is not asked
 SEED = 0
 
 
@@ -58,15 +60,26 @@ def questions(share: Any, count: int) -> list[dict[str, Any]]:
 
 def _pieces(share: Any, generator: random.Random) -> Iterator[tuple[str, str, str]]:
     """Topic, context and continuation of passages that do not overlap, at most A_TOPIC of a topic."""
-    found = defaultdict(list)
+    found, known = defaultdict(list), _known_elsewhere(share)
     for topic, text in documentation(share):
         words, start = " ".join(text.split()), 0
         while len(words) > (middle := _word_end(words, start + CONTEXT)) + CONTINUATION:
             end = _word_end(words, middle + 1 + CONTINUATION)
-            found[topic].append((topic, words[start:middle], words[middle + 1 : end]))
+            if known.isdisjoint(_runs(words[start:end])):
+                found[topic].append((topic, words[start:middle], words[middle + 1 : end]))
             start = end + 1
     for pieces in found.values():
         yield from generator.sample(pieces, min(len(pieces), A_TOPIC))
+
+
+def _known_elsewhere(share: Any) -> set[str]:
+    return {run for _, text in documentation("train" if share == "test" else "test") for run in _runs(text)}
+
+
+def _runs(text: str) -> Iterator[str]:
+    """All COMMON words in a row of a text."""
+    words = text.split()
+    return (" ".join(words[start : start + COMMON]) for start in range(len(words) - COMMON + 1))
 
 
 def _word_end(words: str, position: int) -> int:
@@ -87,7 +100,8 @@ def _of_other_topics(others: dict[str, str], generator: random.Random) -> list[s
 
 def passages() -> list[str]:
     """Up to DOCUMENTS passages, the first of every document before the second of any."""
-    cut = [_cut(text) for _, text in documentation("test")]
+    known = _known_elsewhere("test")
+    cut = [[piece for piece in _cut(text) if known.isdisjoint(_runs(piece))] for _, text in documentation("test")]
     longest = max(map(len, cut))
     return [pieces[place] for place in range(longest) for pieces in cut if place < len(pieces)][:DOCUMENTS]
 
