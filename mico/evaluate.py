@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -152,10 +153,14 @@ def _names(tasks: str | Sequence[str] | None) -> tuple[str, ...]:
 def _check_options(batch_size: int, samples: int, tasks: _Tasks) -> None:
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: must be at least 1")
-    if samples < 0:
-        raise UserError(f"--samples {samples}: must be at least 0")
+    for option, value in (("--samples", samples), ("--num-fewshot", tasks.num_fewshot or 0)):
+        if value < 0:
+            raise UserError(f"{option} {value}: must be at least 0")
+    if tasks.limit is not None and not 0 < tasks.limit < math.inf:
+        raise UserError(f"--limit {tasks.limit}: must be above 0: questions a task, or a share of them when below 1")
     for option in ("include_path", "num_fewshot", "limit", "log_samples"):
-        if getattr(tasks, option) not in (None, False) and not tasks.names:
+        given = getattr(tasks, option)
+        if given is not None and given is not False and not tasks.names:
             raise UserError(f"--{option.replace('_', '-')} has no effect without --tasks: name tasks, or leave it out")
 
 

@@ -102,6 +102,19 @@ def test_mode_gradients_and_random_state_are_left_alone(windows):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_an_observer_sees_the_logits_of_every_window(windows, llama, batch_size):
+    seen = {}
+    evaluate_texts(
+        llama, {"docs": windows}, batch_size=batch_size, observer=lambda *call: seen.update({call[:2]: call[2].clone()})
+    )
+    assert list(seen) == [("docs", window) for window in range(len(windows.ids_NT))]
+    for (_, window), logits in seen.items():
+        with torch.no_grad():
+            expected = llama(input_ids=windows.ids_NT[window : window + 1]).logits[0, :-1]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -217,6 +230,12 @@ def test_protocol_line_says_all_of_the_protocol(windows):
     assert protocol_line(c4).endswith(f"BOS kept, {c4.shortfall:,} tokens short of the protocol")
 
 
+def test_the_protocol_is_printed_and_recorded(llama):
+    cut = evaluation_windows(source(numbered(9).documents, "ptb", " "), train_tokenizer(), SEQLEN, "gptq")
+    assert protocol_line(cut).startswith("protocol gptq: ptb/test from a test")
+    assert evaluate_texts(llama, {"ptb": cut})["ptb"]["protocol"] == "gptq"
+
+
 # --- which texts -----------------------------------------------------------------------------------------------------
 
 
@@ -264,3 +283,25 @@ def test_evaluation_sets_read_every_text_before_any_work(tmp_path):
         evaluation_sets(tokenizer, ["wikitext2"], seqlen=8, offline=True)
     with pytest.raises(UserError, match="--seqlen 1: "):
         evaluation_sets(tokenizer, ["ptb"], seqlen=1, data_dir=tmp_path)
+
+
+def test_gptq_reads_the_validation_split_of_ptb(tmp_path):
+    for name, splits in {"ptb": ("validation", "test"), "wikitext2": ("test",), "c4": ("validation",)}.items():
+        (tmp_path / name).mkdir()
+        for split in splits:
+            (tmp_path / name / f"{split}.txt").write_text(f" {split} of {name} says one and two \n" * 20)
+    tokenizer = train_tokenizer()
+    texts = ["wikitext2", "ptb", "c4"]
+    by = {
+        name: evaluation_sets(tokenizer, texts, seqlen=8, data_dir=tmp_path, protocol=name)
+        for name in ("sparsegpt", "gptq")
+    }
+    splits = {name: [windows.source.split for windows in sets.values()] for name, sets in by.items()}
+    assert splits == {"sparsegpt": ["test", "test", "validation"], "gptq": ["test", "validation", "validation"]}
+    rows = ["validation of ptb says one and two"] * 20
+    cut = by["gptq"]["ptb"]
+    assert cut.ids_NT.flatten().tolist() == tokenizer("\n\n".join(rows)).input_ids[: cut.tokens]
+    assert [windows.protocol for windows in by["gptq"].values()] == ["gptq"] * 3
+    assert torch.equal(by["gptq"]["wikitext2"].ids_NT, by["sparsegpt"]["wikitext2"].ids_NT)
+    with pytest.raises(UserError, match="--protocol awq: choose from sparsegpt, gptq"):
+        evaluation_sets(tokenizer, texts, seqlen=8, data_dir=tmp_path, protocol="awq")
