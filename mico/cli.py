@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 import traceback
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -17,38 +14,18 @@ from rich.console import Console as RichConsole
 
 from mico import __version__
 from mico import options as o
-from mico.errors import (
-    CONTRACT,
-    INTERNAL,
-    INTERRUPTED,
-    TERMINATED,
-    USER,
-    ContractError,
-    Silenced,
-    Terminated,
-    UserError,
-    disk_is_full,
-    is_forbidden,
-    out_of_memory,
-)
+from mico import training_options as t
+from mico.errors import INTERRUPTED, ContractError
+from mico.exits import USAGE, explain, hyphens, quiet_libraries, terminable
 
 BROKEN_PIPE = 141  # what a shell reports for a program that a closed pipe ended
-_KEPT = "finished blocks are kept, the same command again goes on after them"
-_TASKS_KEPT = "finished tasks are kept, the same command again goes on after them"
-_USAGE: type[Exception] = typer.BadParameter.__mro__[2]  # ClickException, wherever this version of typer keeps it
-
-
-def _hyphens(token: str) -> str:
-    """Option and command names may be typed with underscores, the habit of the research scripts."""
-    return token.replace("_", "-")
-
 
 app = typer.Typer(
     name="mico",
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    context_settings=dict(token_normalize_func=_hyphens, help_option_names=["-h", "--help"], max_content_width=120),
+    context_settings=dict(token_normalize_func=hyphens, help_option_names=["-h", "--help"], max_content_width=120),
     epilog="Example: mico compress tiny-llama --sparsity 0.5 --wbits 4",
 )
 
@@ -189,6 +166,46 @@ def compress(
         print_report(report, _output())
 
 
+@app.command(epilog="Example: mico finetune tiny-llama --w-bits 2 --train-file text.jsonl")
+def finetune(
+    model: o.Model, method: t.Method = "paretoq", w_bits: t.WBits = "4", group_size: t.GroupSize = None,
+    init: t.Init = "mse", train_file: t.TrainFile = None, eval_file: t.EvalFile = None,
+    eval_share: t.EvalShare = 0.05, seqlen: t.Seqlen = None, num_train_epochs: t.Epochs = 1.0,
+    max_steps: t.MaxSteps = None, learning_rate: t.LearningRate = None, scale_learning_rate: t.ScaleRate = None,
+    lr_scheduler_type: t.Scheduler = "cosine", warmup_steps: t.Warmup = 0.0, weight_decay: t.WeightDecay = 0.0,
+    max_grad_norm: t.MaxGradNorm = 1.0, per_device_train_batch_size: t.TrainBatch = 8,
+    gradient_accumulation_steps: t.Accumulation = 1, kd: t.Kd = False, kd_weight: t.KdWeight = 1.0,
+    teacher: t.Teacher = None, bf16: t.Bf16 = False, gradient_checkpointing: t.Checkpointing = False,
+    deepspeed: t.Deepspeed = None, fsdp: t.Fsdp = None, logging_steps: t.LoggingSteps = 10,
+    eval_steps: t.EvalSteps = None, save_steps: t.SaveSteps = 200, report_to: t.ReportTo = "none",
+    seed: o.Seed = 0, eval: o.Eval = None, data_dir: o.DataDir = None, offline: o.Offline = False,
+    trust_remote_code: o.TrustRemoteCode = False, save: o.Save = None, device: t.Device = "auto",
+    json: o.JsonFile = None, debug: o.Debug = False, verbose: o.Verbose = 0, quiet: o.Quiet = False,
+) -> None:  # fmt: skip
+    """Train a model at few bits, or a compressed one on with its pruned weights zero, and write it packed."""
+    _before_imports(offline, quiet)
+    from mico.finetune import finetune as run
+    from mico.qat.recipe import Recipe, bits_of
+    from mico.summary import print_report
+
+    recipe = Recipe(
+        w_bits=bits_of(w_bits), group_size=group_size, init=init, num_train_epochs=num_train_epochs,
+        max_steps=max_steps, learning_rate=learning_rate, scale_learning_rate=scale_learning_rate,
+        lr_scheduler_type=lr_scheduler_type, warmup_steps=warmup_steps, weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm, per_device_train_batch_size=per_device_train_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps, kd=kd, kd_weight=kd_weight, bf16=bf16,
+        gradient_checkpointing=gradient_checkpointing, logging_steps=logging_steps, eval_steps=eval_steps,
+        save_steps=save_steps, deepspeed=deepspeed, fsdp=fsdp, report_to=report_to, seed=seed,
+    )  # fmt: skip
+    report = run(
+        model, method=method, recipe=recipe, train_file=train_file, eval_file=eval_file, eval_share=eval_share,
+        seqlen=seqlen, teacher=teacher, eval=eval, data_dir=data_dir, device=device, offline=offline,
+        trust_remote_code=trust_remote_code, save=save, json=json, console=_console(quiet, verbose),
+    )  # fmt: skip
+    if report:
+        print_report(report, _output())
+
+
 @app.command("eval", epilog="Example: mico eval results/tiny-llama-mico-1a2b3c4d --eval all --data-dir texts")
 def evaluate(
     model: o.Model, eval: o.EvalTexts = None, protocol: o.Protocol = "sparsegpt", data_dir: o.DataDir = None,
@@ -256,15 +273,15 @@ def import_llava(
     _show(section(run(source, target, vision_tower=vision_tower, console=_console(quiet, verbose))))
 
 
-@app.command(epilog="Example: mico report results/tiny-llama-original-* results/tiny-llama-mi-*")
+@app.command(epilog="Example: mico report results/tiny-llama-original-* results/tiny-llama-mi-* --html arms.html")
 def report(
     runs: o.Runs, baseline: o.Baseline = None, json: o.JsonFile = None, markdown: o.MarkdownFile = None,
-    debug: o.Debug = False,
+    html: o.HtmlFile = None, figures: o.FiguresDir = None, debug: o.Debug = False,
 ) -> None:  # fmt: skip
     """Show the report of a run again, or compare several: mean and sd over seeds, paired t-tests, ablation tables."""
     from mico.report import report as run
 
-    run(runs, baseline=baseline, json=json, markdown=markdown, console=_output())
+    run(runs, baseline=baseline, json=json, markdown=markdown, html=html, figures=figures, console=_output())
 
 
 @app.command(epilog="Example: mico models")
@@ -325,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
-        with _terminable(), _quiet_libraries(debug):
+        with terminable(), quiet_libraries(debug):
             code = app(arguments or ["--help"], prog_name="mico", standalone_mode=False) or 0
             if code == INTERRUPTED:  # typer turns Ctrl-C into this
                 raise KeyboardInterrupt
@@ -339,81 +356,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug and isinstance(error, Exception):
             traceback.print_exc()
         with suppress(OSError):
-            if line and not (isinstance(error, _USAGE) and os.environ.get("RANK", "0") != "0"):
+            if line and not (isinstance(error, USAGE) and os.environ.get("RANK", "0") != "0"):
                 print(f"mico: {line}", file=sys.stderr, flush=True)
     if code == BROKEN_PIPE:  # keep Python from complaining at exit about what it cannot flush
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
-
-
-def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[int, str]:
-    """Exit code and the one line that says what went wrong and what to do."""
-    text = " ".join(str(error).split())
-    command = next((word for word in arguments if not word.startswith("-")), "")
-    if isinstance(error, Silenced):
-        return error.code, ""
-    if isinstance(error, UserError):
-        return USER, f"error: {text}"
-    if isinstance(error, ContractError):
-        return CONTRACT, f"error: {text}"
-    if isinstance(error, _USAGE):
-        message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
-        return USER, f"error: {message} (mico {_hyphens(command)} --help tells more)".replace("mico  ", "mico ")
-    if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, f"interrupted: {_what_is_kept(command, arguments)}"
-    if isinstance(error, Terminated):
-        return TERMINATED, f"terminated: {_what_is_kept(command, arguments)}"
-    if out_of_memory(error):
-        return (
-            USER,
-            f"error: out of memory ({text[:120]}): lower --batch-size, --nsamples or --seqlen, or use --device cpu",
-        )
-    if isinstance(error, OSError) and disk_is_full(error):
-        where = error.filename or "the disk"
-        return USER, f"error: {where} is full ({error.strerror}): free disk space and run the same command again"
-    if isinstance(error, OSError) and is_forbidden(error):
-        return USER, f"error: {error.filename} cannot be used ({error.strerror}): fix its permissions or give another"
-    named = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return INTERNAL, f"internal error: {named[:300]}; run again with --debug for the traceback"
-
-
-def _what_is_kept(command: str, arguments: Sequence[str]) -> str:
-    if command == "eval" and any(word.startswith("--tasks") for word in arguments):
-        return _TASKS_KEPT
-    return _KEPT if _hyphens(command) in ("calibrate", "mi-group", "compress") else "nothing was written"
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM raises inside the body (signals can only be handled by the main thread)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def terminate(_number: int, _frame: Any) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _quiet_libraries(debug: bool) -> Iterator[None]:
-    """Hold back the warnings of libraries: what matters to the user is said by mico itself."""
-    if debug:
-        yield
-        return
-    for name, level in (
-        ("TRANSFORMERS_VERBOSITY", "error"),
-        ("HF_HUB_VERBOSITY", "error"),
-        ("DATASETS_VERBOSITY", "error"),
-    ):
-        os.environ.setdefault(name, level)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -17,9 +17,9 @@ import mico.activations as activations
 from mico.activations import Activations, smaller, spills
 from mico.adapters import family_of
 from mico.channels.meters import PairedMoments
-from mico.cli import explain
 from mico.data import token_batches
 from mico.errors import UserError
+from mico.exits import explain
 from mico.packed.experts import unfuse
 from mico.stages import StreamMeter
 from mico.walk import Block, walk

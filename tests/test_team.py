@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 import mico
 from mico.channels.meters import PairedMoments, Reservoir
-from mico.cli import explain
 from mico.errors import ContractError, UserError
+from mico.exits import explain
 from mico.files import read_json, sha256_file
 from mico.follow import settings_of
 from mico.settings import Compression, Grouping, record

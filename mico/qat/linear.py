@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mico.packed.grid import stored
+from mico.packed.grid import stored_shared
 from mico.packed.quantized import QuantizedWeight, equal_runs
 from mico.qat.paretoq import SMALLEST, STARTS, WIDTHS, by_group, quantize
 
@@ -19,8 +19,8 @@ from mico.qat.paretoq import SMALLEST, STARTS, WIDTHS, by_group, quantize
 class QATLinear(nn.Linear):
     """y = x Q(W)^T + b, with `weight` kept in float32 under its old name and `weight_scale` (R, G) beside it.
 
-    weight_scale is alpha of mico/qat/paretoq.py. The forward pass uses s = alpha / divisor rounded to float16, the
-    precision it is stored in, so that the packed model computes what was trained; the rounding passes gradients on.
+    weight_scale is alpha of mico/qat/paretoq.py. The forward pass uses s = alpha / divisor rounded to what float16 and
+    bfloat16 both hold, so that the packed model computes what was trained; the rounding passes gradients on.
     keep_RC: weights that a mask leaves (None: all); the others are and stay exactly zero.
     """
 
@@ -53,10 +53,10 @@ class QATLinear(nn.Linear):
         return made.train(linear.training)
 
     def stored_alpha(self) -> torch.Tensor:
-        """alpha (R, G) as the packed form can hold it: s = alpha / divisor in float16. Straight-through."""
+        """alpha (R, G) as the packed form holds it: s = alpha / divisor in 16 bits. Straight-through."""
         divisor = WIDTHS[self.bits].divisor
         alpha_RG = self.weight_scale.clamp_min(SMALLEST)
-        rounded_RG = stored(alpha_RG.detach() / divisor) * divisor
+        rounded_RG = stored_shared(alpha_RG.detach() / divisor) * divisor
         return alpha_RG + (rounded_RG - alpha_RG).detach()
 
     def quantized_weight(self) -> torch.Tensor:

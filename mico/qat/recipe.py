@@ -1,0 +1,113 @@
+"""How a model is trained: the options of `mico finetune` as a validated record, and as arguments of the Trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mico.errors import UserError
+from mico.packed.bits import TERNARY
+from mico.qat.paretoq import STARTS, WIDTHS
+from mico.settings import choose
+
+TRACKERS = ("tensorboard", "wandb", "none")
+FEW_BITS_RATE, MORE_BITS_RATE = 2e-5, 1e-5  # of the paper, at 1 to 2 bits and at 3 and 4
+SCALE_RATE = 10.0  # of a step's learning rate to that of the weights: steps are few and their gradients are divided
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of quantization-aware training; None means the default that a property below gives.
+
+    w_bits: 1, 1.58, 2, 3 or 4. kd_weight: share of the divergence from the dense model in the loss.
+    """
+
+    w_bits: float = 4
+    group_size: int | None = None
+    init: str = "mse"
+    num_train_epochs: float = 1.0
+    max_steps: int | None = None
+    learning_rate: float | None = None
+    scale_learning_rate: float | None = None
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    kd: bool = False
+    kd_weight: float = 1.0
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    logging_steps: int = 10
+    eval_steps: int | None = None
+    save_steps: int = 200
+    deepspeed: str | None = None
+    fsdp: str | None = None
+    report_to: str = "none"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.w_bits not in WIDTHS:
+            raise UserError(f"--w-bits {self.w_bits:g}: choose from {', '.join(f'{bits:g}' for bits in WIDTHS)}")
+        choose("--init", self.init, tuple(STARTS))
+        for option in ("group_size", "max_steps", "eval_steps"):
+            self._at_least_one(option)
+        for option in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
+            self._at_least_one(option)
+        for option in ("learning_rate", "scale_learning_rate", "num_train_epochs"):
+            value = getattr(self, option)
+            if value is not None and not value > 0:
+                raise UserError(f"--{option.replace('_', '-')} {value}: must be above 0")
+        if not 0 <= self.kd_weight <= 1:
+            raise UserError(f"--kd-weight {self.kd_weight}: must be from 0 to 1")
+        if self.deepspeed is not None and not Path(self.deepspeed).is_file():
+            raise UserError(f"--deepspeed {self.deepspeed}: no such file")
+        for name in self.trackers:
+            choose("--report-to", name, TRACKERS)
+
+    def _at_least_one(self, option: str) -> None:
+        value = getattr(self, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option.replace('_', '-')} {value}: must be at least 1")
+
+    @property
+    def trackers(self) -> list[str]:
+        return [name.strip() for name in self.report_to.split(",") if name.strip()]
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the weights."""
+        return self.learning_rate or (FEW_BITS_RATE if self.w_bits <= 2 else MORE_BITS_RATE)
+
+    @property
+    def scale_rate(self) -> float:
+        """Learning rate of the steps."""
+        return self.scale_learning_rate or SCALE_RATE * self.rate
+
+    def arguments(self, folder: Path, quiet: bool, use_cpu: bool) -> Any:
+        """TrainingArguments of transformers, which writes its checkpoints into `folder`."""
+        from transformers import TrainingArguments
+
+        evaluates: Any = {} if self.eval_steps is None else dict(eval_strategy="steps", eval_steps=self.eval_steps)
+        return TrainingArguments(
+            output_dir=str(folder), run_name=folder.parent.name, use_cpu=use_cpu, disable_tqdm=quiet,
+            num_train_epochs=self.num_train_epochs, max_steps=self.max_steps or -1, learning_rate=self.rate,
+            lr_scheduler_type=self.lr_scheduler_type, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm, per_device_train_batch_size=self.per_device_train_batch_size,
+            per_device_eval_batch_size=self.per_device_train_batch_size,
+            gradient_accumulation_steps=self.gradient_accumulation_steps, bf16=self.bf16,
+            gradient_checkpointing=self.gradient_checkpointing, logging_steps=self.logging_steps,
+            save_steps=self.save_steps, save_total_limit=2, deepspeed=self.deepspeed, fsdp=self.fsdp,
+            report_to=self.trackers or ["none"], seed=self.seed, data_seed=self.seed, remove_unused_columns=False,
+            label_names=["labels"], dataloader_pin_memory=not use_cpu, **evaluates,
+        )  # fmt: skip
+
+
+def bits_of(text: str) -> float:
+    """'1.58' -> TERNARY, '2' -> 2. Raises UserError for no number."""
+    try:
+        return TERNARY if float(text) == TERNARY else int(text)
+    except ValueError:
+        raise UserError(f"--w-bits {text}: choose from {', '.join(f'{bits:g}' for bits in WIDTHS)}") from None

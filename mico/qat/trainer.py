@@ -1,0 +1,79 @@
+"""The trainer of transformers with an optimizer that knows step sizes, and distillation from the dense model.
+
+Suffixes: B batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import Trainer
+
+_CHUNK = 1024  # rows of logits turned to float32 at a time
+
+
+class QATTrainer(Trainer):
+    """Trainer whose step sizes (weight_scale) have a learning rate of their own, and no weight decay."""
+
+    def __init__(self, *args: Any, scale_learning_rate: float, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.scale_learning_rate = scale_learning_rate
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer that the arguments ask for, with the steps in a group of their own."""
+        chosen: Any = self.model if model is None else model
+        if self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, chosen)
+            self.optimizer = kind(self._groups(chosen), **options)
+        return self.optimizer
+
+    def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        decayed = set(self.get_decay_parameter_names(model))
+        steps: list[nn.Parameter] = []
+        weights: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                place = steps if name.endswith("weight_scale") else weights if name in decayed else others
+                place.append(parameter)
+        return [
+            dict(params=weights, weight_decay=self.args.weight_decay),
+            dict(params=others, weight_decay=0.0),
+            dict(params=steps, weight_decay=0.0, lr=self.scale_learning_rate),
+        ]
+
+
+class Distillation:
+    """Loss for Trainer's `compute_loss_func`: (1 - share) cross-entropy + share KL(teacher || student), while training.
+
+    Without gradients, that is in evaluation, it is the cross-entropy alone. Windows hold no padding.
+    """
+
+    def __init__(self, teacher: nn.Module, share: float) -> None:
+        self.teacher, self.share = teacher.eval().requires_grad_(False), share
+
+    def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Both terms are summed over the tokens and divided by `num_items_in_batch` (None: their number here)."""
+        logits_BTV, targets_BT = outputs.logits[:, :-1], labels[:, 1:]
+        count = targets_BT.numel() if num_items_in_batch is None else num_items_in_batch
+        loss = torch.zeros((), device=labels.device)
+        if self.share < 1 or not logits_BTV.requires_grad:
+            for student, targets in _chunks(logits_BTV, targets_BT):
+                loss = loss + functional.cross_entropy(student.float(), targets, reduction="sum")
+        if not logits_BTV.requires_grad:
+            return loss / count
+        with torch.no_grad():
+            taught_BTV = self.teacher.to(labels.device)(input_ids=labels, use_cache=False).logits[:, :-1]
+        apart = torch.zeros((), device=labels.device)
+        for student, teacher in _chunks(logits_BTV, taught_BTV):
+            of_student, of_teacher = (part.float().log_softmax(-1) for part in (student, teacher))
+            apart = apart + functional.kl_div(of_student, of_teacher, reduction="sum", log_target=True)
+        return ((1 - self.share) * loss + self.share * apart) / count
+
+
+def _chunks(logits_BTV: torch.Tensor, other: torch.Tensor) -> Any:
+    """Rows of the logits beside rows of targets (B, T) or of other logits (B, T, V), some at a time."""
+    return zip(logits_BTV.flatten(0, 1).split(_CHUNK), other.flatten(0, 1).split(_CHUNK), strict=True)

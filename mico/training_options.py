@@ -1,0 +1,80 @@
+"""The options of `mico finetune` alone; those it shares with other verbs are in options.py. No heavy import here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from mico.options import _choice, _option
+
+_TEXT, _QUANTIZATION, _TRAINING, _LOG = "Text", "Quantization", "Training", "Log and checkpoints"
+
+Method = Annotated[str, _choice(_QUANTIZATION, "--method", ("paretoq",), "How the model is trained.")]
+WBits = Annotated[str, _option(_QUANTIZATION, "--w-bits", metavar="BITS", help="Bits a weight: 1, 1.58, 2, 3 or 4.")]
+GroupSize = Annotated[
+    int | None,
+    _option(
+        _QUANTIZATION, "--group-size", help="Consecutive channels that share a step.", show_default="a whole row"
+    ),
+]  # fmt: skip
+Init = Annotated[
+    str, _choice(_QUANTIZATION, "--init", ("mse", "paper"), "Where steps start: least squared error, or as published.")
+]
+TrainFile = Annotated[
+    str | None,
+    _option(
+        _TEXT, "--train-file", metavar="FILE", help="JSONL rows with a field 'text', or a text file.",
+        show_default="the documentation inside Python",
+    ),
+]  # fmt: skip
+EvalFile = Annotated[
+    str | None,
+    _option(_TEXT, "--eval-file", metavar="FILE", help="Text to evaluate on.", show_default="a share held out"),
+]
+EvalShare = Annotated[
+    float, _option(_TEXT, "--eval-share", help="Share of the documents held out where there is no --eval-file.")
+]
+Seqlen = Annotated[
+    int | None,
+    _option(_TEXT, "--seqlen", help="Tokens of a training window.", show_default="the model's maximum, at most 1024"),
+]
+Epochs = Annotated[float, _option(_TRAINING, "--num-train-epochs", help="Passes over the text.")]
+MaxSteps = Annotated[
+    int | None, _option(_TRAINING, "--max-steps", help="Optimizer steps, instead of epochs.", show_default=False)
+]
+LearningRate = Annotated[
+    float | None,
+    _option(_TRAINING, "--learning-rate", help="Of the weights.", show_default="2e-5; 1e-5 at 3 and 4 bits"),
+]
+ScaleRate = Annotated[
+    float | None,
+    _option(_TRAINING, "--scale-learning-rate", help="Of the steps.", show_default="10 times --learning-rate"),
+]
+Scheduler = Annotated[str, _option(_TRAINING, "--lr-scheduler-type", help="A schedule of transformers.")]
+Warmup = Annotated[float, _option(_TRAINING, "--warmup-steps", help="Steps; below 1, their share of all.")]
+WeightDecay = Annotated[float, _option(_TRAINING, "--weight-decay", help="Of the weights; steps have none.")]
+MaxGradNorm = Annotated[float, _option(_TRAINING, "--max-grad-norm", help="Gradients are clipped to this norm.")]
+TrainBatch = Annotated[int, _option(_TRAINING, "--per-device-train-batch-size", help="Windows at a time on a device.")]
+Accumulation = Annotated[int, _option(_TRAINING, "--gradient-accumulation-steps", help="Batches before a step.")]
+Kd = Annotated[bool, _option(_TRAINING, "--kd/--no-kd", help="Learn from the dense model's distribution.")]
+KdWeight = Annotated[float, _option(_TRAINING, "--kd-weight", help="Share of that in the loss, 0 to 1.")]
+Teacher = Annotated[
+    str | None,
+    _option(_TRAINING, "--teacher", metavar="MODEL", help="The model to learn from.", show_default="the model itself"),
+]
+Bf16 = Annotated[bool, _option(_TRAINING, "--bf16/--no-bf16", help="Compute in bfloat16; masters stay float32.")]
+Checkpointing = Annotated[
+    bool, _option(_TRAINING, "--gradient-checkpointing", help="Compute activations again instead of keeping them.")
+]
+Deepspeed = Annotated[
+    str | None, _option(_TRAINING, "--deepspeed", metavar="FILE", help="A DeepSpeed configuration.", show_default=False)
+]
+Fsdp = Annotated[
+    str | None, _option(_TRAINING, "--fsdp", help="FSDP options, as 'full_shard auto_wrap'.", show_default=False)
+]
+LoggingSteps = Annotated[int, _option(_LOG, "--logging-steps", help="Steps between two lines of the log.")]
+EvalSteps = Annotated[
+    int | None, _option(_LOG, "--eval-steps", help="Steps between two evaluations.", show_default="only at the end")
+]
+SaveSteps = Annotated[int, _option(_LOG, "--save-steps", help="Steps between two checkpoints; the last two stay.")]
+ReportTo = Annotated[str, _option(_LOG, "--report-to", metavar="NAME", help="tensorboard, wandb, both, or none.")]
+Device = Annotated[str, _option(_TRAINING, "--device", help="auto, cpu or cuda.")]
