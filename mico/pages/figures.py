@@ -174,9 +174,11 @@ def _own_ids(root: ElementTree.Element, name: str) -> None:
 
 
 def _page_colours(svg: str) -> str:
+    """The same picture with the page's colours and font in the place of the light scheme's and matplotlib's."""
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, variable)
-    return re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--sans)", svg.replace("&quot;", "'"))
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--sans)", svg)
+    return re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", svg)
 
 
 # --- what drawings share ---------------------------------------------------------------------------------------------
