@@ -267,6 +267,12 @@ AllowPartial = Annotated[
 Strict = Annotated[bool, _option(_RUN, "--strict", help="Exit with 3 when a fallback was needed.")]
 JsonFile = Annotated[str | None, _option(_RUN, "--json", metavar="FILE", help="Write the figures here as JSON.")]
 MarkdownFile = Annotated[str | None, _option(_RUN, "--markdown", metavar="FILE", help="Write what is shown here.")]
+HtmlFile = Annotated[
+    str | None, _option(_RUN, "--html", metavar="FILE", help="Write one page with figures here; it needs no network.")
+]
+FiguresDir = Annotated[
+    str | None, _option(_RUN, "--figures", metavar="DIR", help="Write every figure here, as PNG and as SVG.")
+]
 Baseline = Annotated[
     str | None,
     _option(

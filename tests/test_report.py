@@ -112,6 +112,10 @@ def test_folders_without_a_report_are_refused(two_runs: list[str], space: Worksp
             mico.report(str(tmp_path))
     with pytest.raises(UserError, match=r"--json .*: this is a folder, give a file"):
         mico.report(two_runs, json=str(tmp_path))
+    with pytest.raises(UserError, match=r"--html .*: this is a folder, give a file"):
+        mico.report(two_runs, html=str(tmp_path))
+    with pytest.raises(UserError, match=r"--figures .*: this is a file, give a folder"):
+        mico.report(two_runs, figures=f"{two_runs[1]}/report.json")
     with pytest.raises(UserError, match=r"--baseline enhanced: no such arm, choose from 'mi', 'original', or one of"):
         mico.report(two_runs, baseline="enhanced")
 
@@ -147,3 +151,45 @@ def test_written_json_is_json_whatever_the_model_became(report: Report, two_runs
     assert written["arms"][1]["texts"]["wikitext2"]["perplexity"]["mean"] is None
     text = words(console.export_text())
     assert "enhanced: the perplexity of wikitext2 is not finite" in text and "enhanced 1 not finite" in text
+
+
+def embedded(page: str) -> dict[str, Any]:
+    """The JSON inside a page."""
+    return json.loads(page.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+
+
+def test_a_page_and_figures_of_one_run(report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"alias": "quiz", "acc,none": 0.625, "acc_stderr,none": 0.0125}
+    run = put(tmp_path / "run", report, {"results": {"quiz": values}, "n-shot": {"quiz": 5}})
+    assert cli.main(["report", run, f"--html={run}/report.html", f"--figures={tmp_path / 'figures'}"]) == 0
+    shown = words(capsys.readouterr().out)
+    assert "quiz 5 acc 0.6250 ±0.0125" in shown and "Page" not in shown
+    page = Path(run, "report.html").read_text(encoding="utf-8")
+    inside = embedded(page)
+    assert inside.pop("evaluation")["results"]["quiz"] == values
+    assert inside == report
+    assert perplexity_text(report["compressed"]["wikitext2"]["perplexity"]) in page and "0.6250" in page
+    files = {file.name for file in (tmp_path / "figures").iterdir()}
+    assert files and {Path(name).stem for name in files if name.endswith(".png")} == {
+        Path(name).stem for name in files if name.endswith(".svg")
+    }
+    assert cli.main(["report", run]) == 0
+    assert f"Page {run}/report.html" in words(capsys.readouterr().out)  # told once it is there
+
+
+def test_a_page_of_several_runs_holds_the_values(two_runs: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "arms.html"
+    values = mico.report(two_runs, html=str(file), console=Console(file=io.StringIO()))
+    page = file.read_text(encoding="utf-8")
+    assert embedded(page) == json.loads(json.dumps(values))
+    for arm in values["arms"]:
+        assert perplexity_text(arm["texts"]["wikitext2"]["perplexity"]["mean"]) in page
+
+
+def test_results_of_another_program_are_told(report: Report, tmp_path: Path) -> None:
+    wrong: list[dict[str, Any]] = [{"mico": {}}, {"results": [1]}, {"mico": 3}, {"results": {"quiz": 1, "riddle": {}}}]
+    wrong += [{"mico": {"texts": 1}}, {"mico": {"texts": {"docs": 1}}}, {"results": {}, "n-shot": 5}]
+    for number, found in enumerate(wrong):
+        folder = put(tmp_path / str(number), report, found)
+        with pytest.raises(UserError, match=r"results.json is no result of mico eval .*: delete it, or run mico eval"):
+            mico.report(folder)

@@ -159,7 +159,7 @@ def task_values(run: Run, labels: Labels) -> dict[str, dict[str, float]]:
     """{task: {metric: value}}, lm-eval's standard error of a metric under '<metric> stderr'."""
     found = {}
     for task, values in _results(run.evaluation).items():
-        numbers = {key: value for key, value in values.items() if _is_number(value)}
+        numbers = {key: value for key, value in values.items() if "," in key and _is_number(value)}
         found[labels[task, _asked(run.evaluation, task)]] = {_metric(key): value for key, value in numbers.items()}
     return found
 
