@@ -21,7 +21,7 @@ from mico.data import token_batches
 from mico.errors import UserError
 from mico.exits import explain
 from mico.packed.experts import unfuse
-from mico.stages import StreamMeter
+from mico.team import StreamMeter
 from mico.walk import Block, walk
 from tests.test_walk import Rows, disturb
 from tests.tiny import VOCABULARY, random_model

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import mico
 from mico.adapters.family import lookup
+from mico.console import Console
 from mico.data import token_batches
 from mico.errors import UserError
 from mico.files import sha256_file
@@ -129,10 +130,13 @@ def test_compress_gives_the_same_bytes(
     for stream in (False, True):
         assert not filled  # by the run that does not stream
         monkeypatch.setenv("MICO_RESULTS", str(tmp_path / str(stream)))
+        console = Console()
         report = mico.compress(
             str(space.model), eval="wikitext2", save=str(tmp_path / f"run-{stream}"), stream=stream,
-            **options, **space.options,
+            console=console, **options, **space.options,
         )  # fmt: skip
+        kept = "its blocks on disk, each read when it is needed" if stream else "all of it in memory"
+        assert f"model on cpu in float32, {kept}" in console.notes
         files = sorted((Path(report["folder"]) / "model").glob("*.safetensors"))
         digests.append([sha256_file(file) for file in files])
         digests[-1].append(str(report["compressed"]["wikitext2"]["perplexity"]))

@@ -24,8 +24,7 @@ from mico.exits import explain
 from mico.files import read_json, sha256_file
 from mico.follow import settings_of
 from mico.settings import Compression, Grouping, record
-from mico.stages import StreamMeter, in_order
-from mico.team import ALONE, Balance, Team, gather, solving_cost
+from mico.team import ALONE, Balance, StreamMeter, Team, gather, in_order, solving_cost
 from tests.workspace import Workspace, make_model, workspace
 
 PROMPT_SECONDS = 20  # in which all processes must have ended after one has failed

@@ -2,6 +2,7 @@
 
 from mico.team.balance import Balance, solving_cost
 from mico.team.gather import gather, started_here
+from mico.team.meter import StreamMeter, in_order
 from mico.team.team import ALONE, Team
 
-__all__ = ["ALONE", "Balance", "Team", "gather", "solving_cost", "started_here"]
+__all__ = ["ALONE", "Balance", "StreamMeter", "Team", "gather", "in_order", "solving_cost", "started_here"]
