@@ -23,7 +23,8 @@ from mico.tables import markdown as as_markdown
 callable_module(__name__)
 REPORT, PAGE = "report.json", "report.html"
 EVALUATION = Path("eval") / "results.json"  # of `mico eval RUN`, inside the run folder
-NEEDED = {"model", "arm", "settings", "identity", "dense", "compressed", "size", "layers", "seconds", "fallbacks"}
+NEEDED = {"model", "arm", "settings", "calibration", "identity", "dense", "compressed", "size", "layers", "seconds"}
+NEEDED |= {"fallbacks", "environment", "protocol"}
 REMEDY = "restore it, or run its mico compress again with another --save"
 
 

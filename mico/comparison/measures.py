@@ -45,16 +45,16 @@ def options(run: Run) -> dict[str, Any]:
     settings = dict(report["settings"])
     grouping = settings.pop("grouping") or {}
     settings["pattern"] = ":".join(map(str, settings["pattern"])) if settings["pattern"] else None
-    identity = dict(report["identity"])
-    fingerprint = identity.pop("model")[:FINGERPRINT_DIGITS]
-    kept = {name: value for name, value in identity.items() if name not in ("seed", "tokens_sha256")}
-    kept["calib"] = kept.pop("text")
+    identity = {name: value for name, value in report["identity"].items() if name not in ("seed", "tokens_sha256")}
+    settings.pop("seed", None)
+    fingerprint = identity.pop("model", report["model"])[:FINGERPRINT_DIGITS]  # a training does not tell one
+    identity["calib"] = identity.pop("text", report["calibration"])
     return (
         dict(model=report["model"], model_fingerprint=fingerprint)
         | settings
         | {"grouping": grouping.get("kind")}
         | _grouping_options(grouping)
-        | kept
+        | identity
         | {f"version of {name}": report["environment"].get(name) for name in VERSIONS}
     )
 

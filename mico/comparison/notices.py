@@ -60,10 +60,10 @@ def _models(arms: Sequence[Arm]) -> Iterator[str]:
 
 def _calibration(arms: Sequence[Arm]) -> Iterator[str]:
     """One seed draws the same calibration tokens for every arm, unless their texts or models differ."""
-    tokens: dict[int, set[str]] = {}
+    tokens: dict[int, set[str | None]] = {}
     for arm in arms:
         for run in arm.runs:
-            tokens.setdefault(run.seed, set()).add(run.report["identity"]["tokens_sha256"])
+            tokens.setdefault(run.seed, set()).add(run.report["identity"].get("tokens_sha256"))
     apart = [str(seed) for seed, found in sorted(tokens.items()) if len(found) > 1]
     if apart:
         yield f"seed {', '.join(apart)}: the runs were not calibrated on the same tokens, pairs share the number alone"

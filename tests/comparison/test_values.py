@@ -123,6 +123,17 @@ def test_tasks_with_their_errors() -> None:
     }  # fmt: skip
 
 
+def test_runs_that_were_trained_are_arms_too() -> None:
+    """Their identity is the seed alone, which stands among the settings as well."""
+    runs = [made("mi", seed, 40.0 + seed) for seed in (0, 1)]
+    for run in runs:
+        run.report["settings"] |= dict(seed=run.seed, learning_rate=2e-5)
+        run.report["identity"] = dict(seed=run.seed)
+    other = made("mi", 2)
+    other.report["identity"], other.report["calibration"] = dict(seed=2), "another text"
+    assert [arm["seeds"] for arm in compare([*runs, other])["arms"]] == [[0, 1], [2]]
+
+
 def test_divergence_and_texts_that_mico_eval_added() -> None:
     later = dict(docs=score(40.0, kl_divergence=0.12, top1_agreement=0.8), ptb=score(77.0))
     with_kl = made("mi", 0, 40.0, evaluation={"results": {}, "mico": {"texts": later}})
