@@ -47,7 +47,7 @@ def options(run: Run) -> dict[str, Any]:
     settings["pattern"] = ":".join(map(str, settings["pattern"])) if settings["pattern"] else None
     identity = {name: value for name, value in report["identity"].items() if name not in ("seed", "tokens_sha256")}
     settings.pop("seed", None)
-    fingerprint = identity.pop("model", report["model"])[:FINGERPRINT_DIGITS]  # a training does not tell one
+    fingerprint = identity.pop("model", report["model"])  # a training does not tell one
     identity["calib"] = identity.pop("text", report["calibration"])
     return (
         dict(model=report["model"], model_fingerprint=fingerprint)
@@ -76,7 +76,7 @@ def same_model_same_name(all_options: Sequence[dict[str, Any]]) -> list[dict[str
     for one in all_options:
         fingerprint = one["model_fingerprint"]
         name = names[fingerprint]
-        one = one | dict(model=f"{name} ({fingerprint})" if name in shared else name)
+        one = one | dict(model=f"{name} ({fingerprint[:FINGERPRINT_DIGITS]})" if name in shared else name)
         found.append({key: value for key, value in one.items() if key != "model_fingerprint"})
     return found
 

@@ -43,7 +43,8 @@ def made(
         chosen |= grouping
     method = "mico" if arm == "mi" else "sparsegpt"
     report: dict[str, Any] = dict(
-        model=model, arm=arm, calibration="docs: 2,048 tokens", fallbacks=[], groups=[], layers=[], environment=dict(ENVIRONMENT), protocol="sparsegpt",
+        model=model, arm=arm, calibration="docs: 2,048 tokens", fallbacks=[], groups=[], layers=[],
+        environment=dict(ENVIRONMENT), protocol="sparsegpt",
         settings=dict(
             method=method, sparsity=0.5, pattern=None, wbits=4, target_avg_bits=None, grouping=chosen, group_size=None,
             allocation="rate", percdamp=0.01, blocksize=128, embed_bits=16, profile=None,
