@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mico.compress import compress
     from mico.evaluate import evaluate
     from mico.export import export
+    from mico.finetune import finetune
     from mico.import_llava import import_llava
     from mico.mi_group import mi_group
     from mico.plan import plan
@@ -34,6 +35,7 @@ __all__ = [
     "compress",
     "evaluate",
     "export",
+    "finetune",
     "import_llava",
     "load",
     "mi_group",

@@ -185,10 +185,13 @@ def finetune(
     """Train a model at few bits, or a compressed one on with its pruned weights zero, and write it packed."""
     _before_imports(offline, quiet)
     from mico.finetune import finetune as run
-    from mico.qat.recipe import Recipe, bits_of
+    from mico.qat.recipe import bits_of
     from mico.summary import print_report
 
-    recipe = Recipe(
+    report = run(
+        model, method=method, train_file=train_file, eval_file=eval_file, eval_share=eval_share, seqlen=seqlen,
+        teacher=teacher, eval=eval, data_dir=data_dir, device=device, offline=offline,
+        trust_remote_code=trust_remote_code, save=save, json=json, console=_console(quiet, verbose),
         w_bits=bits_of(w_bits), group_size=group_size, init=init, num_train_epochs=num_train_epochs,
         max_steps=max_steps, learning_rate=learning_rate, scale_learning_rate=scale_learning_rate,
         lr_scheduler_type=lr_scheduler_type, warmup_steps=warmup_steps, weight_decay=weight_decay,
@@ -196,11 +199,6 @@ def finetune(
         gradient_accumulation_steps=gradient_accumulation_steps, kd=kd, kd_weight=kd_weight, bf16=bf16,
         gradient_checkpointing=gradient_checkpointing, logging_steps=logging_steps, eval_steps=eval_steps,
         save_steps=save_steps, deepspeed=deepspeed, fsdp=fsdp, report_to=report_to, seed=seed,
-    )  # fmt: skip
-    report = run(
-        model, method=method, recipe=recipe, train_file=train_file, eval_file=eval_file, eval_share=eval_share,
-        seqlen=seqlen, teacher=teacher, eval=eval, data_dir=data_dir, device=device, offline=offline,
-        trust_remote_code=trust_remote_code, save=save, json=json, console=_console(quiet, verbose),
     )  # fmt: skip
     if report:
         print_report(report, _output())

@@ -29,7 +29,7 @@ from mico.qat.corpus import Corpus, TokenWindows, read_corpus
 from mico.qat.modules import masks_of, quantize_linears
 from mico.qat.recipe import Recipe
 from mico.qat.save import last_checkpoint, metrics_of, save_trained
-from mico.runs import RunFolder
+from mico.runs import REPORT, RunFolder
 from mico.runs import fingerprint as digest
 from mico.settings import PROTOCOLS, choose, record
 from mico.solve import peak_host_bytes
@@ -47,7 +47,6 @@ def finetune(
     model: str,
     *,
     method: str = "paretoq",
-    recipe: Recipe | None = None,
     train_file: str | None = None,
     eval_file: str | None = None,
     eval_share: float = 0.05,
@@ -61,15 +60,16 @@ def finetune(
     save: str | None = None,
     json: str | None = None,
     console: Console | None = None,
+    **training: Any,
 ) -> dict[str, Any]:
     """Train `model` at few bits and write it packed; return the report that also lies in the run folder.
 
     model: a dense model, or a run of mico compress, whose pruned weights then stay zero. train_file: JSONL rows with
-    'text', or a text file; None: the embedded documentation. A killed run goes on from its last checkpoint with the
-    same command. Started by torchrun or accelerate, the processes share the work; the report of all but the first is
-    empty. Raises UserError for what the user can mend.
+    'text', or a text file; None: the embedded documentation. training: the fields of Recipe (mico/qat/recipe.py).
+    A killed run goes on from its last checkpoint with the same command. Started by torchrun or accelerate, the
+    processes share the work; the report of all but the first is empty. Raises UserError for what the user can mend.
     """
-    console, recipe = console or Console(), recipe or Recipe()
+    console, recipe = console or Console(), Recipe(**training)
     choose("--method", method, METHODS)
     choose("--device", device, ("auto", "cpu", "cuda"))
     if json is not None:
@@ -105,7 +105,7 @@ def finetune(
         with RunFolder.open(folder, arguments) as run:
             if run.completed:
                 console.note(f"finetune: {run.path} is finished and whole, reusing it")
-                report = read_json(run.path / "report.json")
+                report = read_json(run.path / REPORT)
             else:
                 report = job.run_all(run)
     if json:
@@ -151,6 +151,12 @@ class _Job:
     folder: Path
     console: Console
 
+    def __post_init__(self) -> None:
+        model = self.loaded.model
+        self.masks = masks_of(model)
+        if getattr(model, "is_quantized", False):
+            model.dequantize(torch.float32)  # in place
+
     def run_all(self, run: RunFolder) -> dict[str, Any]:
         architecture = describe(self.loaded.model, self.loaded.family)
         stored = self._stored_dtype()
@@ -188,9 +194,9 @@ class _Job:
 
     def train(self) -> dict[str, dict[str, Any]]:
         """Train from the last checkpoint on; return Trainer's metrics as {'before', 'train', 'eval', 'all'}."""
-        from transformers import default_data_collator
+        from transformers import PrinterCallback, default_data_collator
 
-        from mico.qat.trainer import Distillation, QATTrainer
+        from mico.qat.trainer import Distillation, Log, QATTrainer
 
         model, recipe = self._prepared(), self.recipe
         training = self.folder / TRAINING
@@ -201,15 +207,17 @@ class _Job:
             eval_dataset=TokenWindows(self.corpus.eval_NT), processing_class=self.loaded.tokenizer,
             scale_learning_rate=recipe.scale_rate, data_collator=default_data_collator,
         )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)  # it writes to stdout, where results go
+        trainer.add_callback(Log(self.console))
         before = self._before(trainer)
         with self.console.stage("train"):
             metrics = self._train(trainer, training)
         after = _with_perplexity(trainer.evaluate())
         model = trainer.accelerator.unwrap_model(trainer.model)
         model.zero_grad(set_to_none=True)
-        if not all(math.isfinite(value) for value in (metrics["train_loss"], after["eval_loss"])):
+        if not math.isfinite(after["eval_loss"]):
             raise UserError(
-                f"the loss is {metrics['train_loss']:g} in training, {after['eval_loss']:g} in evaluation: "
+                f"the loss is {after['eval_loss']:g} after training: "
                 f"lower --learning-rate {recipe.rate:g} or --scale-learning-rate {recipe.scale_rate:g}"
             )
         return dict(before=before, train=metrics, eval=after, all=metrics | after)
@@ -228,10 +236,7 @@ class _Job:
 
     def _prepared(self) -> Any:
         """The model with trainable QATLinears in place."""
-        model: Any = self.loaded.model
-        masks = masks_of(model)
-        if getattr(model, "is_quantized", False):
-            model = model.dequantize(torch.float32)
+        model, masks = self.loaded.model, self.masks
         count = len(self.loaded.family.streams)
         with self.console.stage("start"), self.console.bar("start of the steps", count) as advance:
             recipe = self.recipe
@@ -241,8 +246,9 @@ class _Job:
         return model.requires_grad_(True)
 
     def _teacher(self) -> Any:
-        """The dense model to learn from: --teacher, or what the training starts from."""
-        name = self.teacher or self.loaded.name
+        """The model to learn from: --teacher, else the dense model that the training or its compressed run is of."""
+        run = Path(self.model).expanduser() / REPORT
+        name = self.teacher or (read_json(run)["model"] if run.is_file() else self.loaded.name)
         loaded = load_model(name, device="cpu" if self.use_cpu else "auto", dtype="float32", **self.hub)
         if loaded.model.config.get_text_config().vocab_size != self.loaded.model.config.get_text_config().vocab_size:
             raise UserError(f"--teacher {name}: its vocabulary is not that of {self.model}")

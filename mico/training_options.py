@@ -59,7 +59,7 @@ Kd = Annotated[bool, _option(_TRAINING, "--kd/--no-kd", help="Learn from the den
 KdWeight = Annotated[float, _option(_TRAINING, "--kd-weight", help="Share of that in the loss, 0 to 1.")]
 Teacher = Annotated[
     str | None,
-    _option(_TRAINING, "--teacher", metavar="MODEL", help="The model to learn from.", show_default="the model itself"),
+    _option(_TRAINING, "--teacher", metavar="MODEL", help="The model to learn from.", show_default="the dense model"),
 ]
 Bf16 = Annotated[bool, _option(_TRAINING, "--bf16/--no-bf16", help="Compute in bfloat16; masters stay float32.")]
 Checkpointing = Annotated[

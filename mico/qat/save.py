@@ -33,7 +33,7 @@ def last_checkpoint(folder: Path) -> tuple[str, dict[str, Any]] | None:
 def metrics_of(state: dict[str, Any]) -> dict[str, Any]:
     """What Trainer reports of a training, from the state of its last checkpoint: all its steps were done before."""
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-    mean = sum(losses) / len(losses) if losses else float("nan")
+    mean = sum(losses) / len(losses) if losses else None
     return dict(train_loss=mean, epoch=state["epoch"], train_runtime=0.0, train_steps=state["global_step"])
 
 

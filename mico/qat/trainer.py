@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+
+from mico.console import Console
 
 _CHUNK = 1024  # rows of logits turned to float32 at a time
 
@@ -44,6 +46,22 @@ class QATTrainer(Trainer):
             dict(params=others, weight_decay=0.0),
             dict(params=steps, weight_decay=0.0, lr=self.scale_learning_rate),
         ]
+
+
+class Log(TrainerCallback):
+    """Says one line at every step that is logged."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Loss and learning rate, from the first process alone."""
+        logs = kwargs.get("logs") or {}
+        if "loss" in logs and state.is_world_process_zero:
+            self.console.note(
+                f"step {state.global_step:,} of {state.max_steps:,}: loss {logs['loss']:.4f}, "
+                f"learning rate {logs['learning_rate']:.3g}, gradient norm {logs['grad_norm']:.3g}"
+            )
 
 
 class Distillation:
