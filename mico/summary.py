@@ -267,14 +267,6 @@ def score_line(name: str, score: dict[str, Any]) -> str:
     )
 
 
-def scores_section(result: Report) -> Section:
-    """The perplexities that `evaluate` returns."""
-    rows = tuple((name, perplexity_text(score["perplexity"])) for name, score in result["texts"].items())
-    lines = [score_line(name, score) for name, score in result["texts"].items()]
-    lines.append(f"{result['dtype']} on {result['device']}, {duration_text(result['seconds'])}")
-    return Section(f"Perplexity of {result['model']}", ("text", "perplexity"), rows, tuple(lines))
-
-
 def _sizes(size: dict[str, Any]) -> Section:
     packed = size["packed_bytes"]
     rows = (
