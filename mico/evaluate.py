@@ -300,9 +300,9 @@ class _Job:
     options: dict[str, Any]  # of load_model
     notes: list[str] = field(default_factory=list)
 
-    def load(self, folder: str) -> LoadedModel:
+    def load(self, folder: str, **changes: Any) -> LoadedModel:
         with self.console.stage("load"):
-            return load_model(folder, **self.options)
+            return load_model(folder, **self.options | changes)
 
     def dense(self, base: Base, folder: str, output: Path | None, stack: ExitStack) -> _Dense | None:
         """Measure the dense model and let go of it; None, and a note, when it cannot be had and nobody asked."""
@@ -311,7 +311,7 @@ class _Job:
         except UserError as error:
             if base.asked:
                 raise
-            self.notes.append(f"KL to the dense model is left out ({error}); --dense names another, --no-kl is silent")
+            self.notes.append(f"KL to the dense model is left out ({error}); name it with --dense, or use --no-kl")
             self.console.note(self.notes[-1])
             return None
         vocabulary = loaded.model.config.get_text_config().vocab_size
@@ -326,13 +326,14 @@ class _Job:
         return _Dense(record, written, reference)
 
     def _load_dense(self, base: Base, folder: str) -> LoadedModel:
-        hub = {name: self.options[name] for name in ("offline", "trust_remote_code", "packed")}
+        offline = self.options["offline"] or not base.asked  # nobody asked for a download of many gigabytes
+        hub = dict(offline=offline, packed=True, trust_remote_code=self.options["trust_remote_code"])
         sizes = [load_config(name, **hub).get_text_config().vocab_size for name in (base.name, folder)]
         tokenizers = [load_tokenizer(name, **hub) for name in (base.name, folder)]
         texts = [windows.source.joiner.join(windows.source.documents[:100])[:SAME] for windows in self.sets.values()]
         if sizes[0] != sizes[1] or any(tokenizers[0](t).input_ids != tokenizers[1](t).input_ids for t in texts):
             raise UserError(f"model {base.name}: its vocabulary or tokenizer is another than that of {folder}")
-        loaded = self.load(base.name)
+        loaded = self.load(base.name, offline=offline)
         if base.fingerprint not in (None, loaded.fingerprint):
             raise UserError(f"model {base.name}: its weights are not those that were compressed")
         return loaded
@@ -346,9 +347,7 @@ class _Job:
             for name, found in against.reference.results().items():
                 texts[name] |= found
         samples = [
-            dict(
-                text=prompt.text, window=prompt.window, prompt=loaded.tokenizer.decode(prompt.ids_T), continuation=text
-            )
+            dict(text=prompt.text, window=prompt.window, prompt=prompt.words(loaded.tokenizer), continuation=text)
             for prompt, text in zip(self.prompts, self._continue(loaded), strict=True)
         ]
         for sample, written in zip(samples, against.written if against else (), strict=False):

@@ -327,6 +327,22 @@ def test_a_dense_model_that_cannot_be_had_is_a_note(folder, moved, data_dir, tmp
         evaluate(str(run), kl=True, eval="ptb", data_dir=str(data_dir))
 
 
+def test_nothing_is_downloaded_for_a_dense_model_that_nobody_named(moved, data_dir, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot(*args, **options):
+        asked.append(options["local_files_only"])
+        raise OSError("out of reach")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    run = make_run(tmp_path / "run", moved, name="org/dense")
+    assert evaluate(str(run), eval="ptb", data_dir=str(data_dir))["notes"] and asked == [True]
+    with pytest.raises(UserError, match="org/dense could not be read from the hub"):
+        evaluate(str(run), kl=True, eval="ptb", data_dir=str(data_dir))
+    assert asked == [True, False]
+
+
 def test_a_packed_folder_knows_its_dense_model(folder, moved, data_dir, tmp_path):
     shutil.copytree(moved, tmp_path / "model")
     (tmp_path / "model" / "mico_manifest.json").write_text(json.dumps({"base_model": str(folder), "files": {}}))

@@ -26,6 +26,10 @@ class Prompt:
     window: int
     ids_T: torch.Tensor
 
+    def words(self, tokenizer: Any) -> str:
+        """The prompt as text, without the mark of its beginning."""
+        return str(tokenizer.decode(self.ids_T, skip_special_tokens=True))
+
 
 def cut_prompts(sets: Mapping[str, Windows], count: int) -> list[Prompt]:
     """`count` prompts, the texts in turn: the first window of each, then the second. Fewer where windows run out."""
