@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 WIDTH, HEIGHT = 360, 250
+LONGEST_NAME = 26
 INK, MUTED, LINE, PAPER, ACCENT = "#1d1e20", "#5c5f66", "#dcdee2", "#fffffe", "#1f5fc2"
 SERIES = (ACCENT, "#b4520a", "#17803f", "#7a3fd0", "#bd1440", "#0d7285", "#57534f", "#66750f")
 MARKERS = "osD^vPX*"
@@ -54,6 +55,7 @@ _STYLE: Any = {  # of matplotlib's rcParams
     "legend.frameon": False,
     "legend.fontsize": 9.5,
     "figure.facecolor": "none",
+    "image.composite_image": False,  # every image keeps its own pixels
 }
 _VARIABLES = {INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)", PAPER: "var(--paper)"} | {
     color: f"var(--series-{index})" for index, color in enumerate(SERIES, 1)
@@ -193,3 +195,8 @@ def tint(values: Sequence[Sequence[float]]) -> list[list[tuple[float, float, flo
 def series(index: int) -> dict[str, Any]:
     """Colour and marker of the index-th line."""
     return dict(color=SERIES[index % len(SERIES)], marker=MARKERS[index % len(MARKERS)])
+
+
+def short(name: str) -> str:
+    """A name that leaves room for the figure beside it."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"

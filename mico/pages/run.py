@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mico.channels.heat import heat_cells
-from mico.pages.figures import ACCENT, INK, LINE, MUTED, PAPER, Figure, series, tint
+from mico.pages.figures import ACCENT, INK, LINE, MUTED, PAPER, Figure, series, short, tint
 from mico.pages.html import write_html
 from mico.summary import NESTED, linear_names, sections, total_seconds
 from mico.tables import duration_text, perplexity_text, size_text
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Report = dict[str, Any]
 STRIP = 96  # pixels of a row in the figure of widths
 PER_ROW = 4  # panels beside one another
+MAP, ACROSS, DOWN = 86, 1.08, 1.26  # pixels of a heat map's side, and from one map to the next in sides
 LOG_RATIO = 20.0  # values that differ by more stand on a log scale
 
 
@@ -51,30 +52,30 @@ def _heat(report: Report) -> Figure | None:
     )
     return Figure(
         "mi-heat", "Mutual information between channels", caption, alt, partial(_draw_heat, maps, blocks, streams),
-        section="Channel groups", width=max(300, 20 + 92 * len(streams)), height=20 + 104 * len(blocks), wide=True,
+        section="Channel groups", width=max(240, round(MAP * (0.2 + ACROSS * len(streams)))), height=round(MAP * (0.2 + DOWN * len(blocks))), wide=True,
     )  # fmt: skip
 
 
 def _draw_heat(maps: list[dict[str, Any]], blocks: list[int], streams: list[str], canvas: Canvas) -> None:
-    grid = canvas.subplots(len(blocks), len(streams), squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
+    """All maps in one pair of axes, each a square of side 1: many axes would take many times as long."""
+    axes = canvas.subplots()
     for one in maps:
-        axes = grid[blocks.index(one["block"]), streams.index(one["stream"])]
-        axes.set_axis_on()
+        left, top = ACROSS * streams.index(one["stream"]), DOWN * blocks.index(one["block"])
         cells, channels = heat_cells(one["cells"]), sum(one["sizes"])
         peak = max(max(row) for row in cells)
         shares = [[math.sqrt(max(value, 0.0) / peak) if peak else 0.0 for value in row] for row in cells]
-        axes.imshow(tint(shares), interpolation="none", extent=(0, channels, channels, 0))
-        for end in list(accumulate(one["sizes"]))[:-1]:
-            axes.axhline(end, color=INK, linewidth=0.6)
-            axes.axvline(end, color=INK, linewidth=0.6)
-        axes.set(xticks=[], yticks=[], xlabel=f"≤ {peak:.3g}")
-        axes.spines[:].set_visible(True)
-        if one["block"] == blocks[0]:
-            axes.set_title(one["stream"], fontsize=9.5)
-        if one["stream"] == streams[0]:
-            axes.set_ylabel(f"block {one['block']}")
+        axes.imshow(tint(shares), interpolation="none", extent=(left, left + 1, top + 1, top))
+        ends = [end / channels for end in accumulate(one["sizes"])][:-1]
+        axes.hlines([top + end for end in ends], left, left + 1, color=INK, linewidth=0.6)
+        axes.vlines([left + end for end in ends], top, top + 1, color=INK, linewidth=0.6)
+        axes.plot([left, left + 1, left + 1, left, left], [top, top, top + 1, top + 1, top], color=LINE, linewidth=1)
+        axes.text(left + 0.5, top + 1.04, f"≤ {peak:.3g}", color=MUTED, fontsize=9.5, ha="center", va="top")
+    for place, stream in enumerate(streams):
+        axes.text(ACROSS * place, -0.05, short(stream), fontsize=9.5)
+    for place, block in enumerate(blocks):
+        axes.text(-0.05, DOWN * place + 0.5, f"block {block}", color=MUTED, rotation=90, ha="right", va="center")
+    axes.set(xlim=(-0.2, ACROSS * len(streams) - 0.06), ylim=(DOWN * len(blocks) - 0.03, -0.18))
+    axes.set_axis_off()
 
 
 def _clusters(report: Report) -> Figure | None:
@@ -176,7 +177,7 @@ def _errors(report: Report) -> Figure | None:
     names = linear_names(layers)
     found: dict[str, dict[int, float]] = {}
     for line, name in zip(layers, names, strict=True):
-        if line["error"] > 0:
+        if line["error"] > 0 and _finite(line["error"]):
             row = found.setdefault(name, {})
             row[line["block"]] = max(line["error"], row.get(line["block"], 0.0))
     if not found:
@@ -227,7 +228,7 @@ def _quality(report: Report) -> Figure | None:
     if not scores:
         return None
     sizes = report["size"]["dense_bytes"], report["size"]["packed_bytes"]
-    moves = {name: f"{name} {perplexity_text(a)} → {perplexity_text(b)}" for name, (a, b) in scores.items()}
+    moves = {name: f"{short(name)} {perplexity_text(a)} → {perplexity_text(b)}" for name, (a, b) in scores.items()}
     alt = f"From dense to compressed, {size_text(sizes[0])} to {size_text(sizes[1])}: {'; '.join(moves.values())}."
     caption = "Hollow: the dense model at 16 bits. Filled: compressed, at true bits with all that stays dense."
     return Figure(
@@ -270,7 +271,7 @@ def _divergence(report: Report) -> Figure | None:
         panels["Top-1 agreement"] = {name: (value, f"{value:.2%}") for name, value in agreed.items()}
     alt = "; ".join(f"{title}: " + _told(bars) for title, bars in panels.items()) + "."
     caption = "How far the predictions moved from those of the dense model on the same text."
-    height = 20 + sum(46 + 26 * len(bars) for bars in panels.values())
+    height = 16 + sum(34 + 24 * len(bars) for bars in panels.values())
     return Figure(
         "divergence", "Distance from the dense model", caption, alt, partial(_draw_bars, panels),
         section="Perplexity", height=height,
@@ -319,11 +320,12 @@ def _draw_bars(panels: dict[str, dict[str, tuple[float, str]]], canvas: Canvas) 
     for axes, (title, bars) in zip(many, panels.items(), strict=True):
         names, lengths = list(bars), [length for length, _ in bars.values()]
         parts = [name.startswith("·") for name in names]
-        drawn = axes.barh(names, lengths, height=0.62, color=[MUTED if part else ACCENT for part in parts])
+        drawn = axes.barh(range(len(names)), lengths, height=0.62, color=[MUTED if part else ACCENT for part in parts])
         axes.bar_label(drawn, [text for _, text in bars.values()], padding=5, fontsize=9.5)
         axes.invert_yaxis()
         axes.set_xlim(0, max(lengths) * 1.32 or 1)
         axes.set(xticks=[], title=title)
+        axes.set_yticks(range(len(names)), [short(name) for name in names])
         axes.tick_params(left=False)
         axes.spines[["bottom", "left"]].set_visible(False)
 

@@ -6,7 +6,7 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mico.pages.figures import ACCENT, INK, MUTED, PAPER, Figure, series
+from mico.pages.figures import ACCENT, INK, MUTED, PAPER, Figure, series, short
 from mico.tables import perplexity_text, size_text
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _draw_arms(arms: list[tuple[str, dict[str, Any]]], canvas: Canvas) -> None:
             _stat(score), (score["mean"], row - 0.12), xytext=(0, 7), textcoords="offset points", ha="center",
             fontsize=9.5,
         )  # fmt: skip
-    axes.set(yticks=range(len(arms)), yticklabels=[_short(name) for name, _ in arms], xlabel="perplexity")
+    axes.set(yticks=range(len(arms)), yticklabels=[short(name) for name, _ in arms], xlabel="perplexity")
     axes.set_ylim(len(arms) - 0.5, -0.75)
     axes.margins(x=0.2)
     axes.grid(axis="x")
@@ -105,7 +105,7 @@ def _draw_sizes(arms: list[tuple[str, dict[str, Any], dict[str, Any]]], dense: f
             size["mean"], score["mean"], xerr=size["sd"] or None, yerr=score["sd"] or None, fmt="none", capsize=3,
             ecolor=look["color"],
         )  # fmt: skip
-        label = _short(name) if place < LEGEND_ARMS else None
+        label = short(name) if place < LEGEND_ARMS else None
         axes.plot(size["mean"], score["mean"], linestyle="none", markersize=7, label=label, **look)
     if dense is not None:
         axes.axhline(dense, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="dense")
@@ -184,7 +184,7 @@ def _draw_options(
         look = series(place)
         if any(spreads):
             axes.errorbar(values, means, yerr=spreads, fmt="none", capsize=3, ecolor=look["color"])
-        axes.plot(values, means, label=name or None, markeredgecolor=PAPER, markeredgewidth=0.6, **look)
+        axes.plot(values, means, label=short(name) or None, markeredgecolor=PAPER, markeredgewidth=0.6, **look)
     if dense is not None:
         axes.axhline(dense, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="dense")
     axes.set(xlabel=option, ylabel="perplexity")
@@ -203,10 +203,6 @@ def _draw_options(
 def _stat(score: dict[str, Any]) -> str:
     sd = score["sd"]
     return perplexity_text(score["mean"]) + (f" ± {perplexity_text(sd)}" if sd is not None else "")
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 26 else f"{name[:25]}…"
 
 
 def _plain_ticks(axis: Any) -> None:

@@ -30,6 +30,9 @@ def written(path: Path, report: dict[str, Any], figures: int = 0) -> Page:
     return Page((path / "page.html").read_text(encoding="utf-8"))
 
 
+pytestmark = pytest.mark.filterwarnings("error::UserWarning:mico.pages")  # a figure that does not fit
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
     path = tmp_path_factory.mktemp("page") / "page.html"
@@ -104,7 +107,7 @@ def test_names_do_no_harm(tmp_path: Path) -> None:
         dense={NASTY: score(30.0)}, compressed={NASTY: score(31.0)}, fallbacks=[dict(layer=NASTY, what=NASTY)],
         heat_maps=[one | dict(stream=NASTY) for one in made()["heat_maps"][:1]],
     )  # fmt: skip
-    page = written(tmp_path, report, figures=1)
+    page = written(tmp_path, report, figures=9)
     assert page.data() == report
     assert len(page.all("script")) == 2 and not page.all("b") and not page.all("img")
     assert page.all("h1")[0].text == f"mico: {NASTY}" == page.all("title")[0].text
