@@ -52,7 +52,8 @@ def _heat(report: Report) -> Figure | None:
     )
     return Figure(
         "mi-heat", "Mutual information between channels", caption, alt, partial(_draw_heat, maps, blocks, streams),
-        section="Channel groups", width=max(240, round(MAP * (0.2 + ACROSS * len(streams)))), height=round(MAP * (0.2 + DOWN * len(blocks))), wide=True,
+        section="Channel groups", width=max(240, round(MAP * (0.2 + ACROSS * len(streams)))),
+        height=round(MAP * (0.2 + DOWN * len(blocks))), wide=True,
     )  # fmt: skip
 
 
