@@ -32,6 +32,7 @@ class EvaluatedModel(HFLM):
     def __init__(self, model: Any, tokenizer: Any, batch_size: int, console: Console) -> None:
         # A copy of the tokenizer, because lm-eval gives it a padding token.
         super().__init__(model, "causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        self._device = model.get_input_embeddings().weight.device  # of a streamed model other parts are nowhere yet
         self.task, self.halvings, self._console = "", 0, console
         self._advance: Callable[[str], None] | None = None
 

