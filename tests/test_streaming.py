@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 import mico
 from mico.adapters.family import lookup
@@ -142,3 +143,18 @@ def test_compress_gives_the_same_bytes(
         digests[-1].append(str(report["compressed"]["wikitext2"]["perplexity"]))
     assert digests[0] == digests[1]
     assert {0, 1, None} <= set(filled)
+
+
+@pytest.mark.parametrize(("packed", "remedy"), [(False, "use --stream"), (True, "use another --device")])
+@pytest.mark.parametrize("error", [RuntimeError("can't allocate memory: you tried"), torch.OutOfMemoryError("CUDA")])
+def test_a_model_that_memory_cannot_hold(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, packed: bool, remedy: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(loading, "auto_class", lambda _: LlamaForCausalLM)
+    monkeypatch.setattr(loading, "_check_size", lambda *_: None)
+    with pytest.raises(UserError, match=f"does not fit into the memory of cpu: {remedy}$"):
+        load_model(str(folder), packed=packed)

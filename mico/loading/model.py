@@ -18,7 +18,7 @@ from mico.checkpoint import (
     check_execution,
     verify_checkpoint,
 )  # its import also registers the plugin of packed checkpoints
-from mico.errors import UserError
+from mico.errors import UserError, out_of_memory
 from mico.loading.free import free_memory
 from mico.loading.names import PROCESSOR_FILES, local_folder, source_of
 from mico.loading.safety import check_folder, check_remote_code, fingerprint, reason, some, tensor_shapes
@@ -191,13 +191,16 @@ def load_model(
     store = None
     if not packed_config and (size > MEMORY_SHARE * free_memory(place) if stream is None else stream):
         store = _shell(folder, config, family, concrete, place, trust_remote_code)
-    model = store.model if store else _weights(folder, config, wanted, trust_remote_code)
-    unfuse(model)
     try:
+        model = store.model if store else _weights(folder, config, wanted, trust_remote_code)
+        unfuse(model)
         if store is None:
             model.to(place)
-    except torch.OutOfMemoryError:
-        raise UserError(f"model {name} does not fit into the memory of {place}: use --stream") from None
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        remedy = "use another --device" if packed else "use --stream"
+        raise UserError(f"model {name} does not fit into the memory of {place}: {remedy}") from None
     return LoadedModel(
         model, tokenizer, family, name, source_of(name, folder), length, fingerprint(folder), model.dtype, place,
         folder, store,
@@ -226,6 +229,8 @@ def _weights(folder: Path, config: Any, dtype: Any, trust_remote_code: bool) -> 
                 ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
     except Exception as error:  # what a config says can fail in any way
+        if out_of_memory(error):
+            raise
         raise UserError(f"{folder}: the weights cannot be loaded: {reason(error)}") from error
     model, report = loaded
     if report["mismatched_keys"]:
