@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mico.import_llava import import_llava
     from mico.mi_group import mi_group
     from mico.plan import plan
+    from mico.push import push
     from mico.report import report
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ __all__ = [
     "load",
     "mi_group",
     "plan",
+    "push",
     "report",
 ]
 

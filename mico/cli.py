@@ -282,6 +282,23 @@ def report(
     run(runs, baseline=baseline, json=json, markdown=markdown, html=html, figures=figures, console=_output())
 
 
+@app.command(epilog="Example: mico push results/tiny-llama-mico-1a2b3c4d my-name/tiny-llama-mico")
+def push(
+    run: o.PackedModel, repo: o.Repository, private: o.Private = False,
+    commit_message: o.CommitMessage = "Upload model with mico", json: o.JsonFile = None, debug: o.Debug = False,
+    verbose: o.Verbose = 0, quiet: o.Quiet = False,
+) -> None:  # fmt: skip
+    """Upload the model of a finished run to the Hugging Face hub, and check what arrived."""
+    _before_imports(False, quiet)
+    from mico.push import push as run_push
+    from mico.push import section
+
+    result = run_push(
+        run, repo, private=private, commit_message=commit_message, json=json, console=_console(quiet, verbose)
+    )
+    _show(section(result))
+
+
 @app.command(epilog="Example: mico models")
 def models() -> None:
     """List the names that stand for models, and the families that are supported."""

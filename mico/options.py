@@ -280,6 +280,23 @@ Baseline = Annotated[
         show_default="that of the first folder",
     ),
 ]  # fmt: skip
+TensorBoard = Annotated[
+    str | None,
+    _option(_RUN, "--tensorboard", metavar="DIR", help="Log figures for TensorBoard, in DIR a folder a run."),
+]
+WandB = Annotated[
+    str | None,
+    _option(_RUN, "--wandb", metavar="PROJECT", help="Log figures to Weights & Biases (WANDB_MODE=offline works)."),
+]
+PushToHub = Annotated[
+    str | None,
+    _option(_RUN, "--push-to-hub", metavar="ID", help="Upload the finished model to this repository of the hub."),
+]
+Private = Annotated[bool, _option(_RUN, "--private", help="Make a new repository private.")]
+Repository = Annotated[
+    str, typer.Argument(help="NAME or ORGANIZATION/NAME on the hub.", show_default=False, metavar="ID")
+]
+CommitMessage = Annotated[str, _option(_RUN, "--commit-message", metavar="TEXT", help="What the commit says.")]
 Debug = Annotated[bool, _option(_RUN, "--debug", help="Show tracebacks and the warnings of libraries.")]
 Verbose = Annotated[
     int, _option(_RUN, "--verbose", "-v", count=True, help="One line a layer.", show_default=False, metavar="")
