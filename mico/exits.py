@@ -71,6 +71,8 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[int, s
 def _what_is_kept(command: str, arguments: Sequence[str]) -> str:
     if command == "eval" and any(word.startswith("--tasks") for word in arguments):
         return _TASKS_KEPT
+    if command == "push":
+        return "files that arrived stay on the hub, the same command again sends the others"
     if command == "finetune":
         return "checkpoints are kept, the same command again goes on after the last one"
     return _KEPT if hyphens(command) in ("calibrate", "mi-group", "compress") else "nothing was written"
