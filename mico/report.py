@@ -63,17 +63,23 @@ def report(
         atomic_write(markdown, as_markdown(found).encode())
     if html is not None or figures is not None:
         _draw(html, figures, runs, found, values)
+    if len(runs) == 1 and not any((json, markdown, html, figures)):
+        found = [*found, *_page(runs[0])]
     print_sections(found, console or RichConsole(file=sys.stdout, highlight=False))
     return values
 
 
 def _one(run: Run) -> list[Section]:
-    """The report of one run, with what `mico eval` of it found, and where its page lies."""
+    """The report of one run, with what `mico eval` of it found."""
     found = sections(run.report)
     place = next(index for index, section in enumerate(found) if section.title == "Perplexity") + 1
+    return [*found[:place], *_evaluated(run), *found[place:]]
+
+
+def _page(run: Run) -> list[Section]:
+    """Where the page of a run lies, if it has one."""
     page = Path(run.folder) / PAGE
-    pages = [Section("Page", lines=(str(page),))] if page.is_file() else []
-    return [*found[:place], *_evaluated(run), *found[place:], *pages]
+    return [Section("Page", lines=(str(page),))] if page.is_file() else []
 
 
 def _evaluated(run: Run) -> list[Section]:

@@ -70,7 +70,7 @@ def costs(report: Report) -> dict[str, float | None]:
     it found finished (reused_seconds), so that runs compare. history_bytes: rows of activations that were kept;
     moments_bytes: the sums and second moments made of all rows, both as they lie on disk.
     """
-    reused, kept = report.get("reused_seconds", {}), report.get("activations", {})
+    reused, kept = report.get("reused_seconds", {}), report.get("activations")
     stages = reused | report["seconds"]
     grouping = report["settings"]["grouping"]
     absent = None if grouping and grouping["kind"] == "mi" else 0.0
@@ -84,8 +84,8 @@ def costs(report: Report) -> dict[str, float | None]:
         "reused_seconds": round(earlier, 3),
         "peak_host_bytes": report["peak_host_bytes"],
         "peak_device_bytes": report["peak_device_bytes"] or None,
-        "history_bytes": kept.get("history"),
-        "moments_bytes": kept.get("moments"),
+        "history_bytes": None if kept is None else kept.get("history", 0),
+        "moments_bytes": None if kept is None else kept.get("moments", 0),
     }
 
 

@@ -140,7 +140,8 @@ def text_values(run: Run, labels: Labels) -> dict[str, dict[str, float]]:
 
 def dense_values(run: Run, labels: Labels) -> dict[str, float]:
     """{text: perplexity of the dense model}."""
-    return {labels[name, _measured_by(score)]: score["perplexity"] for name, score in run.report["dense"].items()}
+    scores = {(name, _measured_by(score)): score["perplexity"] for name, score in run.report["dense"].items()}
+    return {labels[key]: perplexity for key, perplexity in scores.items() if key in labels}
 
 
 def _results(evaluation: dict[str, Any] | None) -> dict[str, dict[str, Any]]:

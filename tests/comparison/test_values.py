@@ -157,6 +157,7 @@ def test_costs_count_what_an_earlier_run_did() -> None:
     assert (found["history_bytes"], found["moments_bytes"], found["peak_device_bytes"]) == (10, 20, None)
     old = costs(made(seconds=seconds, reused_seconds={"groups": 3.5}).report)
     assert old["mi_seconds"] is None and old["history_bytes"] is None  # not recorded is not zero
+    assert costs(made("original", activations={}).report)["history_bytes"] == 0  # no statistics, nothing kept
     assert costs(made("original", seconds=seconds).report)["mi_seconds"] == 0.0
     shared = [dict(rank=r, device="cpu", peak_host_bytes=1, solving_seconds=1.0 + r, share=0.5) for r in (0, 1)]
     assert costs(made(processes=shared).report)["solve_seconds"] == 2.0
