@@ -263,11 +263,12 @@ def _draw_quality(
 
 def _divergence(report: Report) -> Figure | None:
     """KL divergence and top-1 agreement with the dense model, where they were measured."""
-    scores = {name: score for name, score in report["compressed"].items() if score.get("kl") is not None}
+    scores = {name: score for name, score in report["compressed"].items() if score.get("kl_divergence") is not None}
     if not scores:
         return None
-    panels = {"KL divergence, nats a token": {name: (one["kl"], f"{one['kl']:.4f}") for name, one in scores.items()}}
-    agreed = {name: score["top1"] for name, score in scores.items() if score.get("top1") is not None}
+    moved = {name: score["kl_divergence"] for name, score in scores.items()}
+    panels = {"KL divergence, nats a token": {name: (value, f"{value:.4f}") for name, value in moved.items()}}
+    agreed = {name: score["top1_agreement"] for name, score in scores.items() if "top1_agreement" in score}
     if agreed:
         panels["Top-1 agreement"] = {name: (value, f"{value:.2%}") for name, value in agreed.items()}
     alt = "; ".join(f"{title}: " + _told(bars) for title, bars in panels.items()) + "."

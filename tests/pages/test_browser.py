@@ -91,7 +91,7 @@ def check(found: list[dict[str, Any]], scheme: int) -> None:
 def test_a_run(tmp_path: Path, scheme: int) -> None:
     report = made(
         40, model=LONG, folder=LONG, command=["mico", "compress", LONG], fallbacks=[dict(layer=LONG, what=LONG)],
-        compressed=dict(docs=score(36.0, kl=0.5, top1=0.75), wiki=score(5e7)),
+        compressed=dict(docs=score(36.0, kl_divergence=0.5, top1_agreement=0.75), wiki=score(5e7)),
     )  # fmt: skip
     write_run_page(tmp_path / "page.html", report)
     check(browse(tmp_path / "page.html", tmp_path / "profile", scheme), scheme)
