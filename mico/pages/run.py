@@ -174,18 +174,18 @@ def _strip(row: Counter[int]) -> list[int]:
 
 
 def _errors(report: Report) -> Figure | None:
+    """Relative output error; training knows none."""
     layers = report["layers"]
-    names = linear_names(layers)
     found: dict[str, dict[int, float]] = {}
-    for line, name in zip(layers, names, strict=True):
-        if line["error"] > 0 and _finite(line["error"]):
+    for line, name in zip(layers, linear_names(layers), strict=True):
+        if _finite(line["error"]) and line["error"] > 0:
             row = found.setdefault(name, {})
             row[line["block"]] = max(line["error"], row.get(line["block"], 0.0))
     if not found:
         return None
-    worst, line = max(zip(names, layers, strict=True), key=lambda pair: pair[1]["error"])
+    error, block, name = max((error, block, name) for name, row in found.items() for block, error in row.items())
     experts = " Of the experts of a block the worst." if any("experts" in line["layer"] for line in layers) else ""
-    alt = f"Lines over the blocks, one a Linear. The largest is {line['error']:.3g}, block {line['block']}, {worst}."
+    alt = f"Lines over the blocks, one a Linear. The largest is {error:.3g}, block {block}, {name}."
     caption = f"Squared error of a layer's output relative to the output, on a log scale.{experts}"
     rows = math.ceil(len(found) / PER_ROW)
     return Figure(
