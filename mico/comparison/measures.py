@@ -11,7 +11,7 @@ from mico.summary import costs
 FINGERPRINT_DIGITS = 8
 VERSIONS = ("mico", "torch", "transformers")  # other versions may compute something else: runs of them make other arms
 MEASURED_BY = ("protocol", "seqlen", "tokens", "windows", "bos", "sha256", "tokens_sha256")  # of one perplexity
-TEXT_FIGURES = {"perplexity": "perplexity", "kl_divergence": "kl", "top1_agreement": "top1", "kl": "kl", "top1": "top1"}
+TEXT_FIGURES = {"perplexity": "perplexity", "kl_divergence": "kl", "top1_agreement": "top1"}
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ Labels = dict[tuple[str, Way], str]  # (text or task, way) -> the name of its co
 
 def text_labels(runs: Iterable[Run]) -> Labels:
     """A name for every text and way of measuring it: 'docs', or 'docs (seqlen 128)' where runs differ in the way."""
-    return _labels([key for run in runs for key in _scores(run)])
+    return _labels([key for run in runs for key in scores(run)])
 
 
 def task_labels(runs: Iterable[Run]) -> Labels:
@@ -120,7 +120,7 @@ def _measured_by(score: dict[str, Any]) -> Way:
     return tuple((field, score.get(field)) for field in MEASURED_BY)
 
 
-def _scores(run: Run) -> dict[tuple[str, Way], dict[str, Any]]:
+def scores(run: Run) -> dict[tuple[str, Way], dict[str, Any]]:
     """What the run itself measured by text, and what `mico eval` added: KL, or texts and ways of its own."""
     found = {(name, _measured_by(score)): score for name, score in run.report["compressed"].items()}
     later = (run.evaluation or {}).get("mico", {}).get("texts", {})
@@ -134,7 +134,7 @@ def text_values(run: Run, labels: Labels) -> dict[str, dict[str, float]]:
     """{text: {perplexity, and kl and top1 where they were measured}}."""
     return {
         labels[key]: {short: score[name] for name, short in TEXT_FIGURES.items() if score.get(name) is not None}
-        for key, score in _scores(run).items()
+        for key, score in scores(run).items()
     }
 
 

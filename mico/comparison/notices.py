@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mico.comparison.arms import Arm
-from mico.comparison.measures import Labels
+from mico.comparison.measures import Labels, scores
 from mico.files import differences
 
 EQUAL_BITS = 0.005  # arms whose true bits differ by more, relative, are not compared at equal size
@@ -22,6 +22,7 @@ def notices(arms: Sequence[Arm], records: list[dict[str, Any]], base: str, texts
     return [
         *_bits(records, base),
         *_texts(texts),
+        *_divergence(arms, texts),
         *_models(arms),
         *_calibration(arms),
         *_seeds(arms),
@@ -50,6 +51,18 @@ def _texts(texts: Labels) -> Iterator[str]:
         labels = [label for (one, _), label in texts.items() if one == name]
         if len(labels) > 1:
             yield f"{name} was not measured in one way, each has a column of its own: {', '.join(labels)}"
+
+
+def _divergence(arms: Sequence[Arm], texts: Labels) -> Iterator[str]:
+    """KL is taken over as many tokens as there was room for."""
+    over: dict[str, set[int]] = {}
+    for run in (run for arm in arms for run in arm.runs):
+        for key, score in scores(run).items():
+            if "kl_tokens" in score:
+                over.setdefault(texts[key], set()).add(score["kl_tokens"])
+    for text, counts in over.items():
+        if len(counts) > 1:
+            yield f"the KL divergence of {text} is not over the same tokens: {', '.join(f'{n:,}' for n in sorted(counts))}"
 
 
 def _models(arms: Sequence[Arm]) -> Iterator[str]:

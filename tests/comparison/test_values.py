@@ -139,6 +139,12 @@ def test_divergence_and_texts_that_mico_eval_added() -> None:
     with_kl = made("mi", 0, 40.0, evaluation={"results": {}, "mico": {"texts": later}})
     texts = compare([with_kl, made("mi", 1, 41.0)])["arms"][0]["texts"]
     assert texts["docs"]["kl"]["values"] == [0.12] and texts["docs"]["top1"]["mean"] == 0.8
+    few, many = (
+        made(seed=seed, compressed=dict(docs=score(40.0, kl_divergence=0.1, top1_agreement=0.8, kl_tokens=tokens)))
+        for seed, tokens in enumerate((2048, 1024))
+    )
+    assert "the KL divergence of docs is not over the same tokens: 1,024, 2,048" in notices([few, many])
+    assert "KL" not in notices([few])
     assert texts["docs"]["perplexity"]["n"] == 2 and texts["ptb"]["perplexity"]["values"] == [77.0]
 
 
