@@ -62,7 +62,8 @@ def _divergence(arms: Sequence[Arm], texts: Labels) -> Iterator[str]:
                 over.setdefault(texts[key], set()).add(score["kl_tokens"])
     for text, counts in over.items():
         if len(counts) > 1:
-            yield f"the KL divergence of {text} is not over the same tokens: {', '.join(f'{n:,}' for n in sorted(counts))}"
+            told = ", ".join(f"{count:,}" for count in sorted(counts))
+            yield f"the KL divergence of {text} is not over the same tokens: {told}"
 
 
 def _models(arms: Sequence[Arm]) -> Iterator[str]:
