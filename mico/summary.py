@@ -283,6 +283,13 @@ def _sizes(size: dict[str, Any]) -> Section:
         "true bits adds the rest of the model (embeddings, norms) as it is stored.",
     )
     return Section("Size", ("", ""), rows, lines, frozenset({(1, 1)}))
+def divergence_cells(score: dict[str, Any]) -> tuple[str, str]:
+    """KL divergence to the dense model and top-1 agreement of one text; dashes where no token of it was compared."""
+    if "kl_divergence" not in score:
+        return NOTHING, NOTHING
+    return f"{score['kl_divergence']:.3g}", f"{score['top1_agreement']:.1%}"
+
+
 
 
 def _costs(report: Report) -> Section:

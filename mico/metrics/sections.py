@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from mico.summary import score_line
+from mico.summary import divergence_cells, score_line
 from mico.tables import NOTHING, Section, duration_text, number, perplexity_text
 
 Result = dict[str, Any]
@@ -40,13 +40,6 @@ def scores_section(result: Result) -> Section:
     lines += [divergence_line(result)] if dense is not None else []
     columns = ("text", *(compared or ("perplexity",)))
     return Section(f"Perplexity of {result['model']}", columns, tuple(rows), tuple(lines))
-
-
-def divergence_cells(score: dict[str, Any]) -> tuple[str, str]:
-    """KL divergence and top-1 agreement of one text; dashes where no token of it was compared."""
-    if "kl_divergence" not in score:
-        return NOTHING, NOTHING
-    return f"{score['kl_divergence']:.3g}", f"{score['top1_agreement']:.1%}"
 
 
 def divergence_line(result: Result) -> str:
