@@ -29,8 +29,10 @@ from mico.errors import ContractError, UserError
 from mico.files import atomic_write, read_json
 from mico.follow import follow
 from mico.loading import LoadedModel, copy_processor, describe, load_config, quiet
-from mico.metrics.perplexity import PROTOCOL, default_texts, evaluate_texts, evaluation_sets, parse_texts, protocol_line
+from mico.metrics.pair import Pair
+from mico.metrics.perplexity import PROTOCOL, default_texts, evaluation_sets, parse_texts, protocol_line
 from mico.packed.quantized import QuantizedWeight
+from mico.pages.run import write_run_page
 from mico.preflight import check_coverage, check_shapes
 from mico.runs import RunFolder, atomic_json
 from mico.runs import fingerprint as digest
@@ -44,7 +46,6 @@ from mico.walk import replace
 callable_module(__name__)
 LAYOUT = 2  # of a run folder and of the algorithms behind its bytes; another number makes older folders unfit
 MODEL = "model"  # the loadable model inside a run folder
-DENSE = "dense.json"  # perplexities of the dense model, kept for a resumed run
 
 
 def compress(
@@ -176,7 +177,9 @@ class _Job:
         self._check_coverage(architecture)
         self._check_disk(architecture["parameters"])
         self._announce(architecture)
-        dense = self._dense_scores(loaded)
+        pair = self._pair(loaded)
+        with loaded.running():
+            dense = pair.dense(loaded.model)
         found = stages.statistics(self.preparation, self.statistics) if self.settings.allocates else None
         made = None
         if found is not None and self.settings.grouping is not None:
@@ -192,12 +195,19 @@ class _Job:
         execution = "dense" if loaded.store is None else "lean"  # what did not fit dense is not made dense now
         self.preparation.forget()
         del loaded  # before the saved model is read back: one model in memory at a time
-        compressed = self._compressed_scores(dtype, device, execution, check)
+        compressed = self._compressed_scores(pair, dtype, device, execution, check)
         report = self._report(architecture, dense, compressed, outcome, solver, made, rest)
+        report["activations"] = {} if found is None else found.kept_bytes()
         write_markdown(report, self.run.path / "report.md")
+        write_run_page(self.run.path / "report.html", report)
         self._describe(report)
         self.run.finish(report)
+        pair.done()
         return report
+
+    def _pair(self, loaded: LoadedModel) -> Pair:
+        vocabulary, mark = loaded.model.config.get_text_config().vocab_size, self.preparation.identity["model"]
+        return Pair(self.sets, self.run.path, mark, vocabulary, self.preparation.source.batch_size, self.console)
 
     def _check_coverage(self, architecture: dict[str, Any]) -> None:
         share = architecture["coverage"]
@@ -224,23 +234,8 @@ class _Job:
 
     # --- perplexities ---
 
-    def _scores(self, model: Any, label: str) -> dict[str, dict[str, Any]]:
-        total = sum(len(windows.ids_NT) for windows in self.sets.values())
-        size = self.preparation.source.batch_size
-        with self.console.stage("evaluate"), self.console.bar(f"perplexity, {label}", total) as advance:
-            return evaluate_texts(model, self.sets, batch_size=size, progress=_Steps(advance))
-
-    def _dense_scores(self, loaded: LoadedModel) -> dict[str, dict[str, Any]]:
-        kept = self.run.path / DENSE
-        if kept.exists():
-            return read_json(kept)
-        with loaded.running():
-            scores = self._scores(loaded.model, "dense")
-        atomic_json(kept, scores)
-        return scores
-
     def _compressed_scores(
-        self, dtype: torch.dtype, device: torch.device, execution: str, check: torch.Tensor
+        self, pair: Pair, dtype: torch.dtype, device: torch.device, execution: str, check: torch.Tensor
     ) -> dict[str, dict[str, Any]]:
         """Perplexities of the model as it lies on disk, after its logits were found equal to the ones in memory."""
         folder, loader = self.run.path / MODEL, auto_class(self.preparation.config.model_type)
@@ -253,7 +248,7 @@ class _Job:
         difference = (_logits(model, self._probe(device)) - check).abs().max()
         if difference != 0:
             raise RuntimeError(f"{folder}: logits differ from those in memory by {float(difference):g} after reloading")
-        return self._scores(model, "compressed")
+        return pair.compressed(model)
 
     def _probe(self, device: torch.device) -> torch.Tensor:
         return self.preparation.windows.ids_NT[:1].to(device)
@@ -313,6 +308,7 @@ class _Job:
             settings=record(self.settings), calibration=self.preparation.windows.describe(),
             identity=self.preparation.identity, protocol=PROTOCOL, dense=dense, compressed=compressed,
             size=self._size(architecture, layers, rest), layers=layers, groups=diagnostics, fallbacks=fallbacks,
+            heat_maps=stages.heat_maps(made, self.preparation.blocks()) if made is not None else [],
             seconds={name: round(value, 3) for name, value in self.console.so_far().items()},
             reused_seconds=self.console.reused, resumed_blocks=self.resumed,
             environment_changes=self.run.environment_changes,
@@ -331,18 +327,6 @@ class _Job:
             packed_bytes=stored // 8 + rest, dense_bytes=2 * architecture["parameters"],
             bytes=sum(file.stat().st_size for file in files),
         )  # fmt: skip
-
-
-class _Steps:
-    """Turns `progress(text, done, total)` of the evaluation into steps of one bar."""
-
-    def __init__(self, advance: Any) -> None:
-        self._advance, self._done = advance, {}  # type: ignore[var-annotated]
-
-    def __call__(self, text: str, done: int, _total: int) -> None:
-        for _ in range(done - self._done.get(text, 0)):
-            self._advance(text)
-        self._done[text] = done
 
 
 @torch.no_grad()

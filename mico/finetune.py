@@ -24,7 +24,9 @@ from mico.errors import UserError
 from mico.files import atomic_json, atomic_write, read_json
 from mico.loading import LoadedModel, context_length, describe, load_config, load_model, load_tokenizer
 from mico.loading.names import model_in
-from mico.metrics.perplexity import default_texts, evaluate_texts, evaluation_sets, parse_texts
+from mico.metrics.pair import Pair
+from mico.metrics.perplexity import default_texts, evaluation_sets, parse_texts
+from mico.pages.run import write_run_page
 from mico.qat.corpus import Corpus, TokenWindows, read_corpus
 from mico.qat.modules import masks_of, quantize_linears
 from mico.qat.recipe import Recipe
@@ -38,7 +40,7 @@ from mico.summary import check_writable, flat, write_markdown
 
 callable_module(__name__)
 METHODS = ("paretoq",)
-MODEL, TRAINING, DENSE = "model", "training", "dense.json"
+MODEL, TRAINING = "model", "training"
 SEQLEN = 1024  # tokens of a training window, where the model takes as many
 LAYOUT = 1
 
@@ -160,21 +162,23 @@ class _Job:
     def run_all(self, run: RunFolder) -> dict[str, Any]:
         architecture = describe(self.loaded.model, self.loaded.family)
         stored = self._stored_dtype()
-        dense = self._dense_scores(run)
+        pair = self._pair(run)
+        dense = pair.dense(self.loaded.model)
         results = self.train()
         with self.console.stage("save"):
             probe_BT = self.corpus.eval_NT[:1]
             written, layers, rest = save_trained(self.loaded, run, MODEL, stored, probe_BT)
-        with self.console.stage("evaluate"):
-            compressed = evaluate_texts(written, self.sets)
+        compressed = pair.compressed(written)
         for name in ("train", "eval", "all"):
             atomic_json(run.path / f"{name}_results.json", results[name])
         report = self._report(run, architecture, dense, compressed, layers, rest, results)
         write_markdown(report, run.path / "report.md")
+        write_run_page(run.path / "report.html", report)
         atomic_write(run.path / MODEL / "README.md", model_card(report).encode())
         facts = {name: report["size"][name] for name in ("true_bits", "nominal_bits", "sparsity", "stored_bits")}
         write_manifest(run.path / MODEL, dict(base_model=report["model"], settings=report["settings"], **facts))
         run.finish(report)
+        pair.done()
         return report
 
     def _stored_dtype(self) -> torch.dtype:
@@ -182,13 +186,11 @@ class _Job:
         named = read_json(self.loaded.folder / "config.json").get("dtype", named) or "float32"
         return getattr(torch, named) if isinstance(named, str) else named
 
-    def _dense_scores(self, run: RunFolder) -> dict[str, Any]:
-        """Perplexities of what the training starts from."""
-        kept = run.path / DENSE
-        if not kept.exists():
-            with self.console.stage("evaluate"):
-                atomic_json(kept, evaluate_texts(self.loaded.model, self.sets))
-        return read_json(kept)
+    def _pair(self, run: RunFolder) -> Pair:
+        """What the training starts from, which is dense or a compressed run, and what comes out of it."""
+        vocabulary = self.loaded.model.config.get_text_config().vocab_size
+        size = self.recipe.per_device_train_batch_size
+        return Pair(self.sets, run.path, self.loaded.fingerprint, vocabulary, size, self.console)
 
     # --- training ---
 

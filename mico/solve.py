@@ -327,14 +327,21 @@ def layer_record(
     block: Block, stream: str, layer: Layer, quantized: QuantizedWeight, bias_bits: int, first: bool
 ) -> dict[str, Any]:
     """One record of layers.jsonl; a stream's channel labels are counted with its first Linear."""
-    stored = quantized.stored_bits()
-    stored["labels"] = label_bits(layer.plan.groups.label_C) if first and quantized.quantized else 0
-    stored["bias"] = bias_bits
-    weights, kept = layer.weight_RC.numel(), int(quantized.kept_G().sum())
+    labels = label_bits(layer.plan.groups.label_C) if first and quantized.quantized else 0
+    return weight_record(block.index, stream, block.name_of(layer.name), quantized, labels, bias_bits)
+
+
+def weight_record(
+    block: int, stream: str, name: str, quantized: QuantizedWeight, labels: int, bias: int
+) -> dict[str, Any]:
+    """What is told of a compressed Linear; labels and bias: bits of what is stored beside the weight."""
+    stored = quantized.stored_bits() | dict(labels=labels, bias=bias)
+    rows, channels = quantized.codes_RC.shape
+    weights, kept = rows * channels, int(quantized.kept_G().sum())
+    sizes = torch.bincount(quantized.label_C.cpu(), minlength=len(quantized.bits_G)).tolist()
     return dict(
-        block=block.index, stream=stream, layer=block.name_of(layer.name), rows=len(layer.weight_RC),
-        channels=layer.weight_RC.shape[1], weights=weights, kept=kept, sparsity=1 - kept / weights,
-        sizes=layer.plan.groups.sizes_G.tolist(), bits=list(quantized.bits_G),
+        block=block, stream=stream, layer=name, rows=rows, channels=channels, weights=weights, kept=kept,
+        sparsity=1 - kept / weights, sizes=sizes, bits=list(quantized.bits_G),
         nominal_bits=stored["codes"] / max(kept, 1), stored=stored, bits_per_weight=sum(stored.values()) / weights,
     )  # fmt: skip
 

@@ -208,6 +208,11 @@ class Statistics:
         counts = {record["stream"]: record["rows"] for record in records}
         return {name: (_moments(tensors, name, count), tensors[f"{name}/rows"]) for name, count in counts.items()}
 
+    def kept_bytes(self) -> dict[str, int]:
+        """On disk: `history`, the rows of activations that are kept, and `moments`, sums and products of all rows."""
+        found = self.run.extra_bytes()
+        return dict(history=found["rows"], moments=found["sum"] + found["gram"])
+
 
 def _moments(tensors: dict[str, torch.Tensor], stream: str, count: int) -> SecondMoments:
     return SecondMoments(tensors[f"{stream}/sum"], tensors[f"{stream}/gram"].double(), count)

@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 from mico.adapters import auto_class
-from mico.checkpoint import save_packed, set_execution
+from mico.adapters.family import Family
+from mico.checkpoint import exactly, save_packed, set_execution
 from mico.loading import LoadedModel, copy_processor, quiet
 from mico.packed.quantized import QuantizedWeight, label_bits
+from mico.qat.linear import QATLinear
 from mico.qat.modules import put_module, qat_modules
 from mico.runs import RunFolder
+from mico.solve import weight_record
 
 STATE = "trainer_state.json"  # the last file of a checkpoint that Trainer writes
 
@@ -65,7 +68,7 @@ def save_trained(
     round_rest(model, dtype)
     expected = logits(model, probe_BT)
     trained = qat_modules(model)
-    records = [_record(path, module.to_quantized(), family.blocks) for path, module in trained.items()]
+    records = [_record(path, module, family, dtype) for path, module in trained.items()]
     for path, module in trained.items():
         put_module(model, path, _bare(module))
 
@@ -99,13 +102,11 @@ def _bare(module: nn.Linear) -> nn.Linear:
     return linear
 
 
-def _record(name: str, quantized: QuantizedWeight, blocks: str) -> dict[str, Any]:
-    """What report.json tells of a Linear."""
-    block, _, path = name.removeprefix(f"{blocks}.").partition(".")
-    kept = quantized.codes_RC.numel() if quantized.keep_RC is None else int(quantized.keep_RC.sum())
-    stored = quantized.stored_bits() | dict(labels=label_bits(quantized.label_C))
-    sizes = torch.bincount(quantized.label_C.cpu()).tolist()
-    return dict(
-        layer=name, stream=path, block=int(block), weights=quantized.codes_RC.numel(), kept=kept, sizes=sizes,
-        bits=list(quantized.bits_G), stored=stored, error=None, fallbacks=[],
-    )  # fmt: skip
+def _record(name: str, module: QATLinear, family: Family, dtype: torch.dtype) -> dict[str, Any]:
+    """What report.json tells of a Linear; nothing is known of its output's error."""
+    block, _, path = name.removeprefix(f"{family.blocks}.").partition(".")
+    stream = next(row.name for row in family.streams if path in row.linears)
+    quantized = module.to_quantized()
+    bias = 0 if module.bias is None else 8 * exactly(module.bias.detach(), dtype).nbytes
+    record = weight_record(int(block), stream, name, quantized, label_bits(quantized.label_C), bias)
+    return record | dict(error=None, fallbacks=[])
