@@ -22,7 +22,8 @@ from mico.files import atomic_write
 from mico.pages.figures import Figure, inline_svg
 from mico.tables import NOTHING, Section
 
-NUMBER = re.compile(r"[-+−×≤]?\d[\d.,eE+\-]*(/[\d.,eE+\-]+)*( ?[%×]| [a-zA-Z]{1,3})?( ± .*)?( \(.*\))?")
+FIGURE = r"[-+−×≤]?\d[\d.,eE+\-]*"
+NUMBER = re.compile(rf"{FIGURE}(/{FIGURE}| to {FIGURE})*( ?[%×]| [a-zA-Z]{{1,3}})?( ± .*)?( \(.*\))?")
 SAFE = str.maketrans({letter: f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"})  # JSON's own escapes
 LARGEST = 1_000_000  # characters of JSON that a page holds as they are
 LONG = 24  # rows of a table that scrolls in a box of its own
