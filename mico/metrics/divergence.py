@@ -28,6 +28,7 @@ DISK_SHARE = 0.5  # of the free disk space that they may take
 PIECE = 1 << 22  # logits written or read at a time
 CHUNK = 1 << 16  # logits turned to float64 at a time: they stay in the cache of a core
 BYTES = 4  # of a logit in the file
+KEPT = ".dense-logits-"  # a file that stays is hidden: no output of a run
 
 
 def divergence(dense_PV: torch.Tensor, found_PV: torch.Tensor) -> tuple[float, int]:
@@ -78,12 +79,14 @@ class DenseReference:
     ) -> None:
         """folder: where the file lies (None: the system's temporary folder). name: None for a file that vanishes with
         the process; otherwise it stays for a later process with the same `name` (what identifies the dense model) and
-        the same windows, until `delete`. Raises UserError when the folder cannot be written.
+        the same windows, until `delete`; the folder is this process's own and keeps one such file. Raises UserError
+        when the folder cannot be written.
         """
         self.vocabulary, self._piece = vocabulary, max(1, PIECE // vocabulary)
         self._folder = Path(folder or tempfile.gettempdir())
         with writing(self._folder):
-            free = shutil.disk_usage(self._folder).free
+            earlier = sum(file.stat().st_size for file in self._folder.glob(f"{KEPT}*"))  # so that it counts the same
+            free = shutil.disk_usage(self._folder).free + earlier
         affordable = min(BUDGET if budget is None else budget, int(DISK_SHARE * free))
         shapes = {text: (len(windows.ids_NT), windows.seqlen - 1) for text, windows in sets.items()}
         self._each = {text: each for text, (_, each) in shapes.items()}
@@ -95,7 +98,7 @@ class DenseReference:
         self._temporary: Path | None = None
         if name is not None:
             identity = dict(model=name, rows=self.rows, windows={text: w.sha256 for text, w in sets.items()})
-            self._kept = self._folder / f".dense-logits-{fingerprint(identity)}"
+            self._kept = self._folder / f"{KEPT}{fingerprint(identity)}"
         self._file = self._open()
 
     def _open(self) -> IO[bytes]:
@@ -105,6 +108,8 @@ class DenseReference:
                 return self._kept.open("rb")
             if self._kept is None:
                 return tempfile.TemporaryFile(dir=self._folder)  # without a name: gone however the process ends
+            for other in self._folder.glob(f"{KEPT}*"):
+                other.unlink()
             self._temporary = self._folder / f"{TEMPORARY}{secrets.token_hex(4)}{self._kept.name}"
             return self._temporary.open("w+b")
 

@@ -189,10 +189,31 @@ def test_a_file_that_stays_serves_a_later_process(models, sets, tmp_path):
         assert again.complete
         evaluate_texts(models[1], sets, batch_size=3, observer=again.compare)
         assert again.results() == expected
-    assert not DenseReference({"docs": sets["docs"]}, VOCABULARY, folder=tmp_path, name="dense").complete
-    assert not DenseReference(sets, VOCABULARY, folder=tmp_path, name="another").complete
     again.delete()
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".dense-logits")]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", [dict(name="another"), dict(texts=["docs"]), dict(budget=100 * ROW)])
+def test_a_file_of_something_else_is_not_taken_and_makes_room(models, sets, tmp_path, change):
+    measured(*models, sets, folder=tmp_path, name="dense").close()
+    (earlier,) = tmp_path.iterdir()
+    chosen = {text: sets[text] for text in change.get("texts", sets)}
+    options = dict(name=change.get("name", "dense"), budget=change.get("budget"))
+    with DenseReference(chosen, VOCABULARY, folder=tmp_path, **options) as reference:
+        assert not reference.complete and not earlier.exists()
+
+
+def test_the_file_that_stays_does_not_count_against_its_own_room(models, sets, tmp_path, monkeypatch):
+    usage, size = namedtuple("usage", "total used free"), 100 * ROW
+
+    def free(folder):
+        return usage(0, 0, size - sum(file.stat().st_size for file in Path(folder).glob(".dense*")))
+
+    monkeypatch.setattr(shutil, "disk_usage", free)
+    with measured(*models, sets, folder=tmp_path, name="dense") as first:
+        assert 0 < sum(first.rows.values()) <= 50
+    with DenseReference(sets, VOCABULARY, folder=tmp_path, name="dense") as again:
+        assert again.rows == first.rows and again.complete
 
 
 def test_an_unfinished_file_has_no_final_name_and_is_removed(models, sets, tmp_path):
