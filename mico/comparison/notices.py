@@ -40,7 +40,7 @@ def _bits(records: list[dict[str, Any]], base: str) -> Iterator[str]:
     far = [f"{name} {true_bits[name]:.3f} ({off[name]:+.1%})" for name in off if abs(off[name]) > EQUAL_BITS]
     if far:
         yield (
-            f"not at equal true bits: {', '.join(far)} against {base} {true_bits[base]:.3f}; "
+            f"not at equal true bits: {'; '.join(far)} against {base} {true_bits[base]:.3f}; "
             f"up to {EQUAL_BITS:.1%} would count as equal"
         )
 

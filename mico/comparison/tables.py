@@ -278,7 +278,7 @@ def _costs(found: Comparison) -> list[Section]:
         reused += [arm["name"]] if cost["reused_seconds"]["mean"] > 0 else []
     lines = ["MI, clustering and solving are parts of the total."]
     if reused:
-        lines.append(f"Stages that an earlier run had finished count as that run took them ({', '.join(reused)}).")
+        lines.append(f"Stages that an earlier run had finished count as that run took them ({'; '.join(reused)}).")
     about = (
         "Packed: size of the model at true bits; host and GPU: peak memory; rows and moments: what is kept of the "
         "activations, on disk (there is no other history of them). Means over the seeds; fallbacks of all runs.",
