@@ -249,12 +249,19 @@ def _perplexity(report: Report) -> Section:
     if not report["compressed"]:
         return Section("Perplexity", lines=("not measured: --eval none",))
     rows, lines = [], []
+    told = any("kl_divergence" in score for score in report["compressed"].values())
     for name, score in report["compressed"].items():
         dense, compressed = report["dense"][name]["perplexity"], score["perplexity"]
-        rows.append((name, perplexity_text(dense), perplexity_text(compressed), f"×{compressed / dense:.3f}"))
+        cells = (name, perplexity_text(dense), perplexity_text(compressed), f"×{compressed / dense:.3f}")
+        more = (number(score.get("kl_divergence"), 4), number(score.get("top1_agreement"), 4)) if told else ()
+        rows.append((*cells, *more))
         lines.append(score_line(name, score))
+    if told:
+        over = (f"{name} {score['kl_tokens']:,}" for name, score in report["compressed"].items() if "kl_tokens" in score)
+        lines.append(f"KL from the dense model in nats a token, top-1 agreement with it; over tokens: {', '.join(over)}")
+    columns = ("text", "dense", "compressed", "ratio", *(("KL", "top-1") if told else ()))
     strong = frozenset((row, 2) for row in range(len(rows)))
-    return Section("Perplexity", ("text", "dense", "compressed", "ratio"), tuple(rows), tuple(lines), strong)
+    return Section("Perplexity", columns, tuple(rows), tuple(lines), strong)
 
 
 def score_line(name: str, score: dict[str, Any]) -> str:

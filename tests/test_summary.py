@@ -148,6 +148,17 @@ def test_a_wrecked_model_and_a_short_text_are_told(report: Report) -> None:
     assert " inf ×inf" in text and "1,234 tokens short of the protocol" in text
 
 
+def test_divergence_is_shown_where_it_was_measured(report: Report) -> None:
+    for score in report["compressed"].values():
+        for field in ("kl_divergence", "top1_agreement", "kl_tokens"):
+            score.pop(field, None)
+    assert section(report, "Perplexity").columns == ("text", "dense", "compressed", "ratio")
+    report["compressed"]["wikitext2"] |= dict(kl_divergence=0.1875, top1_agreement=0.7283, kl_tokens=2048)
+    found = section(report, "Perplexity")
+    assert found.columns[4:] == ("KL", "top-1") and found.rows[0][4:] == ("0.1875", "0.7283")
+    assert found.lines[-1].endswith("over tokens: wikitext2 2,048")
+
+
 def test_markdown_says_the_same(report: Report, tmp_path: Path) -> None:
     write_markdown(report, tmp_path / "report.md")
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
