@@ -253,12 +253,11 @@ def _perplexity(report: Report) -> Section:
     for name, score in report["compressed"].items():
         dense, compressed = report["dense"][name]["perplexity"], score["perplexity"]
         cells = (name, perplexity_text(dense), perplexity_text(compressed), f"×{compressed / dense:.3f}")
-        more = (number(score.get("kl_divergence"), 4), number(score.get("top1_agreement"), 4)) if told else ()
-        rows.append((*cells, *more))
+        rows.append((*cells, *(divergence_cells(score) if told else ())))
         lines.append(score_line(name, score))
     if told:
-        over = (f"{name} {score['kl_tokens']:,}" for name, score in report["compressed"].items() if "kl_tokens" in score)
-        lines.append(f"KL from the dense model in nats a token, top-1 agreement with it; over tokens: {', '.join(over)}")
+        over = ", ".join(f"{name} {score.get('kl_tokens', 0):,}" for name, score in report["compressed"].items())
+        lines.append(f"KL from the dense model in nats a token, and top-1 agreement with it, over tokens: {over}")
     columns = ("text", "dense", "compressed", "ratio", *(("KL", "top-1") if told else ()))
     strong = frozenset((row, 2) for row in range(len(rows)))
     return Section("Perplexity", columns, tuple(rows), tuple(lines), strong)
@@ -272,6 +271,13 @@ def score_line(name: str, score: dict[str, Any]) -> str:
         f"protocol {score['protocol']}: {name} from {score['origin']}, {score['tokens']:,} tokens in "
         f"{score['windows']:,} windows of {score['seqlen']:,}, BOS {bos}{short}"
     )
+
+
+def divergence_cells(score: dict[str, Any]) -> tuple[str, str]:
+    """KL divergence to the dense model and top-1 agreement of one text; dashes where no token of it was compared."""
+    if "kl_divergence" not in score:
+        return NOTHING, NOTHING
+    return f"{score['kl_divergence']:.3g}", f"{score['top1_agreement']:.1%}"
 
 
 def _sizes(size: dict[str, Any]) -> Section:
@@ -290,13 +296,6 @@ def _sizes(size: dict[str, Any]) -> Section:
         "true bits adds the rest of the model (embeddings, norms) as it is stored.",
     )
     return Section("Size", ("", ""), rows, lines, frozenset({(1, 1)}))
-def divergence_cells(score: dict[str, Any]) -> tuple[str, str]:
-    """KL divergence to the dense model and top-1 agreement of one text; dashes where no token of it was compared."""
-    if "kl_divergence" not in score:
-        return NOTHING, NOTHING
-    return f"{score['kl_divergence']:.3g}", f"{score['top1_agreement']:.1%}"
-
-
 
 
 def _costs(report: Report) -> Section:

@@ -155,14 +155,19 @@ def test_divergence_is_shown_where_it_was_measured(report: Report) -> None:
     assert section(report, "Perplexity").columns == ("text", "dense", "compressed", "ratio")
     report["compressed"]["wikitext2"] |= dict(kl_divergence=0.1875, top1_agreement=0.7283, kl_tokens=2048)
     found = section(report, "Perplexity")
-    assert found.columns[4:] == ("KL", "top-1") and found.rows[0][4:] == ("0.1875", "0.7283")
+    assert found.columns[4:] == ("KL", "top-1") and found.rows[0][4:] == ("0.188", "72.8%")
     assert found.lines[-1].endswith("over tokens: wikitext2 2,048")
+    report["compressed"]["ptb"] = {
+        name: report["compressed"]["wikitext2"][name] for name in report["dense"]["wikitext2"]
+    }
+    report["dense"]["ptb"] = report["dense"]["wikitext2"]
+    assert section(report, "Perplexity").rows[1][4:] == ("-", "-")
 
 
 def test_markdown_says_the_same(report: Report, tmp_path: Path) -> None:
     write_markdown(report, tmp_path / "report.md")
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert page.startswith("# mico: ") and "\n## Perplexity\n\n| text | dense | compressed | ratio |\n|---|" in page
+    assert page.startswith("# mico: ") and "\n## Perplexity\n\n| text | dense | compressed | ratio |" in page
     for found in sections(report):
         assert found.title in page
         assert all(line in page for line in found.lines)
