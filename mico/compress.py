@@ -26,7 +26,7 @@ from mico.console import Console
 from mico.data import Windows
 from mico.ends import put_ends, quantize_ends
 from mico.errors import ContractError, UserError
-from mico.files import atomic_write, read_json
+from mico.files import atomic_write, check_writable, read_json
 from mico.follow import follow
 from mico.loading import LoadedModel, copy_processor, describe, load_config, quiet
 from mico.metrics.pair import Pair
@@ -39,7 +39,7 @@ from mico.runs import fingerprint as digest
 from mico.settings import Compression, Source, compression_of, record
 from mico.solve import Solver, peak_host_bytes
 from mico.stages import Groups, Preparation, results_root
-from mico.summary import check_writable, flat, write_markdown
+from mico.summary import flat, write_markdown
 from mico.team import gather
 from mico.walk import replace
 

@@ -19,7 +19,7 @@ from mico.checkpoint import MANIFEST as PACKED_MANIFEST
 from mico.console import Console
 from mico.data import TEXTS, Windows
 from mico.errors import UserError
-from mico.files import atomic_json, read_json
+from mico.files import atomic_json, check_writable, read_json
 from mico.loading import (
     LoadedModel,
     context_length,
@@ -44,7 +44,6 @@ from mico.metrics.perplexity import (
     protocol_line,
 )
 from mico.runs import EVALUATION, MANIFEST, versions
-from mico.summary import check_writable
 
 callable_module(__name__)
 MODEL = "model"  # inside a run folder

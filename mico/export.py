@@ -15,10 +15,9 @@ from mico.errors import UserError
 from mico.exports.folder import model_dtype
 from mico.exports.source import Exported, PackedSource, read_packed
 from mico.exports.targets import check_target
-from mico.files import TEMPORARY, atomic_json, make_durable, sync_folder, writing
+from mico.files import TEMPORARY, atomic_json, check_writable, make_durable, sync_folder, writing
 from mico.loading import DTYPES
 from mico.settings import EXPORTS, choose
-from mico.summary import check_writable
 from mico.tables import Section, size_text
 
 callable_module(__name__)

@@ -94,6 +94,20 @@ def atomic_json(path: str | Path, obj: Any) -> None:
     atomic_write(path, (json.dumps(obj, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def check_writable(option: str, path: str | Path) -> None:
+    """Refuse, before any work, a result file that cannot be written. Raises UserError naming option and path."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{option} {path}: this is a folder, give a file")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
+        with path.open("ab"):
+            pass
+        if not existed:
+            path.unlink()
+
+
 def read_json(path: Path, remedy: str = "delete it, or its folder, and run again") -> dict[str, Any]:
     """Read a JSON object. Raises UserError naming the file and the remedy when it is not one."""
     try:

@@ -21,7 +21,7 @@ from mico.checkpoint import write_manifest
 from mico.console import Console
 from mico.data import Windows
 from mico.errors import UserError
-from mico.files import atomic_json, atomic_write, read_json
+from mico.files import atomic_json, atomic_write, check_writable, read_json
 from mico.loading import LoadedModel, context_length, describe, load_config, load_model, load_tokenizer
 from mico.loading.names import model_in
 from mico.metrics.pair import Pair
@@ -36,7 +36,7 @@ from mico.runs import fingerprint as digest
 from mico.settings import PROTOCOLS, choose, record
 from mico.solve import peak_host_bytes
 from mico.stages import results_root
-from mico.summary import check_writable, flat, write_markdown
+from mico.summary import flat, write_markdown
 
 callable_module(__name__)
 METHODS = ("paretoq",)

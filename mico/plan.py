@@ -17,7 +17,7 @@ from mico.callable import callable_module
 from mico.console import Console
 from mico.data import TEXTS
 from mico.errors import UserError
-from mico.files import atomic_json
+from mico.files import atomic_json, check_writable
 from mico.forecast.fit import Forecast, Room, check_disk, check_memory, forecast, streams
 from mico.forecast.machine import measure
 from mico.forecast.memory import Task
@@ -31,7 +31,6 @@ from mico.metrics.perplexity import default_texts, parse_texts
 from mico.preflight import check_coverage, check_shapes
 from mico.settings import Source, compression_of, record
 from mico.stages import results_root
-from mico.summary import check_writable
 from mico.tables import NOTHING, Section, duration_text, size_text
 from mico.team import gather
 

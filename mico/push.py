@@ -15,10 +15,9 @@ from mico.callable import callable_module
 from mico.checkpoint import verify_checkpoint
 from mico.console import Console
 from mico.errors import UserError
-from mico.files import TEMPORARY, atomic_json, sha256_file
+from mico.files import TEMPORARY, atomic_json, check_writable, sha256_file
 from mico.loading.names import model_in
 from mico.loading.safety import reason
-from mico.summary import check_writable
 from mico.tables import Section, size_text
 
 callable_module(__name__)

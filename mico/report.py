@@ -14,9 +14,9 @@ from mico.callable import callable_module
 from mico.comparison import Run, compare
 from mico.comparison import sections as compared
 from mico.errors import UserError
-from mico.files import atomic_json, atomic_write, read_json, writing
+from mico.files import atomic_json, atomic_write, check_writable, read_json, writing
 from mico.metrics.sections import evaluation_sections, tasks_section
-from mico.summary import check_writable, sections
+from mico.summary import sections
 from mico.tables import Section, print_sections
 from mico.tables import markdown as as_markdown
 

@@ -28,6 +28,7 @@ from mico.channels.meters import SecondMoments
 from mico.channels.plan import ChannelGroups
 from mico.channels.starved import is_starved, trusted
 from mico.console import Console
+from mico.costs import NESTED
 from mico.data import Windows, calibration_windows, load_text, token_batches
 from mico.errors import UserError
 from mico.files import read_json
@@ -47,7 +48,6 @@ from mico.metrics.perplexity import default_calibration
 from mico.runs import RunFolder
 from mico.runs import fingerprint as digest
 from mico.settings import Compression, Grouping, Source, record
-from mico.summary import NESTED
 from mico.team import ALONE, StreamMeter, Team
 from mico.walk import Block, walk
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from rich.console import Console
 
-from mico.errors import UserError
-from mico.files import atomic_write, writing
+from mico.costs import costs, costs_section, total_seconds
+from mico.files import atomic_write
 from mico.tables import (
     NOTHING,
     Section,
@@ -30,7 +30,6 @@ from mico.tables import (
 )
 
 FALLBACKS_SHOWN = 5
-NESTED = {"allocate": "compress", "mutual information": "groups", "clustering": "groups"}  # stages inside stages
 
 Report = dict[str, Any]
 
@@ -61,52 +60,6 @@ def flat(report: Report) -> dict[str, Any]:
         "protocol": report["protocol"],
         "cost": costs(report),
     }
-
-
-def costs(report: Report) -> dict[str, float | None]:
-    """What a run took; None: not recorded, or no GPU.
-
-    solve_seconds: in the methods, of the slowest process. total_seconds: wall time of the run and of the stages that
-    it found finished (reused_seconds), so that runs compare. history_bytes: rows of activations that were kept;
-    moments_bytes: the sums and second moments made of all rows, both as they lie on disk.
-    """
-    reused, kept = report.get("reused_seconds", {}), report.get("activations")
-    stages = reused | report["seconds"]
-    grouping = report["settings"]["grouping"]
-    absent = None if grouping and grouping["kind"] == "mi" else 0.0
-    solving = [one["solving_seconds"] for one in report.get("processes", []) if "solving_seconds" in one]
-    earlier = sum(value for name, value in reused.items() if name not in NESTED)
-    return {
-        "mi_seconds": stages.get("mutual information", absent),
-        "clustering_seconds": stages.get("clustering", absent),
-        "solve_seconds": max(solving, default=None),
-        "total_seconds": round(total_seconds(report["seconds"]) + earlier, 3),
-        "reused_seconds": round(earlier, 3),
-        "peak_host_bytes": report["peak_host_bytes"],
-        "peak_device_bytes": report["peak_device_bytes"] or None,
-        "history_bytes": None if kept is None else kept.get("history", 0),
-        "moments_bytes": None if kept is None else kept.get("moments", 0),
-    }
-
-
-def total_seconds(seconds: dict[str, float]) -> float:
-    """Wall time of a run: its own total, or what its stages add up to (those inside others not counted twice)."""
-    parts = sum(value for name, value in seconds.items() if name not in NESTED)
-    return seconds.get("total", round(parts, 3))
-
-
-def check_writable(option: str, path: str | Path) -> None:
-    """Refuse, before any work, a result file that cannot be written. Raises UserError naming option and path."""
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{option} {path}: this is a folder, give a file")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        existed = path.exists()
-        with path.open("ab"):
-            pass
-        if not existed:
-            path.unlink()
 
 
 # --- figures in words -----------------------------------------------------------------------------------------------
@@ -149,11 +102,12 @@ def sections(report: Report) -> list[Section]:
         _setup(report),
         *([groups_section("Channel groups", report["groups"])] if report["groups"] else []),
         _bits(report["layers"]),
-        _errors(report["layers"]),
+        *([_errors(report["layers"])] if report["layers"][0]["error"] is not None else []),
+        *([_training(report["training"])] if "training" in report else []),
         _fallbacks(report["fallbacks"]),
         _perplexity(report),
         _sizes(report["size"]),
-        _costs(report),
+        costs_section(report),
         Section("Command", lines=(command_text(report["command"]),), code=True),
     ]
 
@@ -237,6 +191,21 @@ def _errors(layers: list[dict[str, Any]]) -> Section:
     return Section("Error per layer", ("block", *names.values()), tuple(rows), lines, frozenset(strong))
 
 
+def _training(results: dict[str, dict[str, Any]]) -> Section:
+    """Loss on the held-out text before and after training, as its perplexity."""
+    after, train = results["eval"], results["train"]
+    before = results["before"]
+    rows = (
+        ("quantized, before training", number(before["before_loss"]), perplexity_text(before["before_perplexity"])),
+        ("after training", number(after["eval_loss"]), perplexity_text(after["eval_perplexity"])),
+    )
+    lines = (
+        f"Held-out text of the training file. Loss while training: {number(train['train_loss'])} on average, "
+        f"{train['epoch']:.3g} epochs in {duration_text(train['train_runtime'])}.",
+    )
+    return Section("Training", ("", "loss", "perplexity"), rows, lines, frozenset({(1, 2)}))
+
+
 def _fallbacks(fallbacks: list[dict[str, Any]]) -> Section:
     if not fallbacks:
         return Section("Fallbacks", lines=("none: every layer went by the book",))
@@ -296,43 +265,6 @@ def _sizes(size: dict[str, Any]) -> Section:
         "true bits adds the rest of the model (embeddings, norms) as it is stored.",
     )
     return Section("Size", ("", ""), rows, lines, frozenset({(1, 1)}))
-
-
-def _costs(report: Report) -> Section:
-    seconds, reused, cost = report["seconds"], report.get("reused_seconds", {}), costs(report)
-    rows = []
-    for name in [name for name in seconds if name not in NESTED and name != "total"]:
-        rows.append((name, duration_text(seconds[name])))
-        parts = {part: seconds[part] for part in NESTED if NESTED[part] == name and part in seconds}
-        if name == "compress" and cost["solve_seconds"] is not None:
-            parts["solving"] = cost["solve_seconds"]
-        rows += [(f"· {part}", duration_text(value)) for part, value in parts.items()]
-    rows.append(("total", duration_text(total_seconds(seconds))))
-    rows += [(f"{name}, made by an earlier run", duration_text(value)) for name, value in reused.items()]
-    rows.append(("peak host memory", size_text(report["peak_host_bytes"])))
-    rows += _processes(report.get("processes", []))
-    gpu = cost["peak_device_bytes"]
-    rows.append(("peak GPU memory", "no GPU" if gpu is None else size_text(gpu)))
-    rows += _kept(cost)
-    resumed = report.get("resumed_blocks", 0)
-    lines = (f"Resumed after {resumed} blocks: times and memory are those of the last start.",) if resumed else ()
-    return Section("Time and memory", ("stage", ""), tuple(rows), lines)
-
-
-def _kept(cost: dict[str, float | None]) -> list[tuple[str, str]]:
-    """What is kept of the activations, on disk."""
-    names = {"history_bytes": "activation rows kept", "moments_bytes": "second moments kept"}
-    sizes = ((label, cost[name]) for name, label in names.items())
-    return [(label, "not recorded" if size is None else size_text(size)) for label, size in sizes]
-
-
-def _processes(processes: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """What each of several processes had to do."""
-    rows = []
-    for one in processes if len(processes) > 1 else ():
-        solving = f"{duration_text(one['solving_seconds'])} solving ({one['share']:.0%} of the work)"
-        rows.append((f"process {one['rank']} on {one['device']}", f"{solving}, {size_text(one['peak_host_bytes'])}"))
-    return rows
 
 
 # --- helpers of the sections ----------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ LearningRate = Annotated[
 ]
 ScaleRate = Annotated[
     float | None,
-    _option(_TRAINING, "--scale-learning-rate", help="Of the steps.", show_default="10 times --learning-rate"),
+    _option(_TRAINING, "--scale-learning-rate", help="Of the steps.", show_default="--learning-rate"),
 ]
 Scheduler = Annotated[str, _option(_TRAINING, "--lr-scheduler-type", help="A schedule of transformers.")]
 Warmup = Annotated[float, _option(_TRAINING, "--warmup-steps", help="Steps; below 1, their share of all.")]

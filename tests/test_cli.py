@@ -62,12 +62,30 @@ SURFACE: dict[str, dict[str, Any]] = {
         "model": None, "--prompt-tokens": 128, "--new-tokens": 32, "--batch-size": "1", "--execution": "auto",
         "--repeats": 3, "--device": "auto", "--dtype": "bfloat16", "--json": None, **RUN,
     },
-    "report": {"runs": None, "--json": None, "--markdown": None, "--debug": False},
+    "report": {
+        "runs": None, "--json": None, "--markdown": None, "--html": None, "--figures": None, "--baseline": None,
+        "--debug": False,
+    },
     "export": {
         "model": None, "--to": None, "--save": None, "--dtype": "auto", "--json": None, **RUN,
     },
     "import-llava": {"source": None, "target": None, "--vision-tower": None, **RUN},
+    "push": {
+        "run": None, "repo": None, "--private": False, "--commit-message": "Upload model with mico", "--json": None,
+        **RUN,
+    },
     "models": {},
+    "finetune": {
+        "model": None, "--method": "paretoq", "--w-bits": "4", "--group-size": None, "--init": "mse",
+        "--train-file": None, "--eval-file": None, "--eval-share": 0.05, "--seqlen": None,
+        "--num-train-epochs": 1.0, "--max-steps": None, "--learning-rate": None, "--scale-learning-rate": None,
+        "--lr-scheduler-type": "cosine", "--warmup-steps": 0.0, "--weight-decay": 0.0, "--max-grad-norm": 1.0,
+        "--per-device-train-batch-size": 8, "--gradient-accumulation-steps": 1, "--kd --no-kd": False,
+        "--kd-weight": 1.0, "--teacher": None, "--bf16 --no-bf16": False, "--gradient-checkpointing": False,
+        "--deepspeed": None, "--fsdp": None, "--logging-steps": 10, "--eval-steps": None, "--save-steps": 200,
+        "--report-to": "none", "--seed": 0, "--eval": None, "--data-dir": None, "--offline": False,
+        "--trust-remote-code": False, "--save": None, "--device": "auto", "--json": None, **RUN,
+    },
 }  # fmt: skip
 VERBS = {
     "calibrate": "calibrate", "mi-group": "mi_group", "compress": "compress", "eval": "evaluate", "bench": "bench",

@@ -20,7 +20,7 @@ FLOORS = (  # from the roof to the basement; a room is one top-level file or fol
     (
         "middle",
         {"walk", "loading", "methods", "metrics", "qat", "files", "runs", "stages", "solve", "reference"}
-        | {"console", "tables", "summary", "callable", "card", "checkpoint", "exports", "forecast", "plugin"}
+        | {"console", "tables", "summary", "costs", "callable", "card", "checkpoint", "exports", "forecast", "plugin"}
         | {"team", "follow", "ends", "comparison", "activations", "preflight", "pages"}
         | {"push", "tracking"},
     ),

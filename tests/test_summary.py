@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-from mico.summary import command_text, flat, print_report, sections, total_seconds, write_markdown
+from mico.costs import total_seconds
+from mico.summary import command_text, flat, print_report, sections, write_markdown
 from mico.tables import Section, duration_text, markdown, perplexity_text, size_text, spread
 from tests.workspace import Workspace, workspace
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mico.summary import costs
+from mico.costs import costs
 
 FINGERPRINT_DIGITS = 8
 VERSIONS = ("mico", "torch", "transformers")  # other versions may compute something else: runs of them make other arms

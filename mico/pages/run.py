@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mico.channels.heat import heat_cells
+from mico.costs import NESTED, total_seconds
 from mico.pages.figures import ACCENT, INK, LINE, MUTED, PAPER, Figure, series, short, tint
 from mico.pages.html import write_html
-from mico.summary import NESTED, linear_names, sections, total_seconds
+from mico.summary import linear_names, sections
 from mico.tables import duration_text, perplexity_text, size_text
 
 if TYPE_CHECKING:

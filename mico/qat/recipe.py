@@ -13,7 +13,7 @@ from mico.settings import choose
 
 TRACKERS = ("tensorboard", "wandb", "none")
 FEW_BITS_RATE, MORE_BITS_RATE = 2e-5, 1e-5  # of the paper, at 1 to 2 bits and at 3 and 4
-SCALE_RATE = 10.0  # of a step's learning rate to that of the weights: steps are few and their gradients are divided
+SCALE_RATE = 1.0  # of a step's learning rate to that of the weights
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from mico.comparison import Run, compare
-from mico.summary import costs
+from mico.costs import costs
 from tests.comparison.reports import ENVIRONMENT, made, score, three_arms
 
 
