@@ -18,7 +18,7 @@ from torch import nn
 
 from mico.callable import callable_module
 from mico.checkpoint import set_execution
-from mico.console import Console
+from mico.console import Console, peak_host_bytes
 from mico.errors import UserError
 from mico.files import atomic_json, check_writable
 from mico.loading import load_config, load_model, longest_text, pick_device
@@ -27,7 +27,6 @@ from mico.packed.blob import MASK
 from mico.packed.hf import unpacked
 from mico.packed.linear import CROSSOVER, EXECUTIONS, PATIENCE, PackedEmbedding, PackedLinear
 from mico.settings import choose
-from mico.solve import peak_host_bytes
 from mico.tables import Section, size_text
 
 callable_module(__name__)

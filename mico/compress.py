@@ -22,7 +22,7 @@ from mico.adapters import auto_class
 from mico.callable import callable_module
 from mico.card import model_card
 from mico.checkpoint import save_packed, set_execution, write_manifest
-from mico.console import Console
+from mico.console import Console, peak_host_bytes
 from mico.data import Windows
 from mico.ends import put_ends, quantize_ends
 from mico.errors import ContractError, UserError
@@ -37,7 +37,7 @@ from mico.preflight import check_coverage, check_shapes
 from mico.runs import RunFolder, atomic_json
 from mico.runs import fingerprint as digest
 from mico.settings import Compression, Source, compression_of, record
-from mico.solve import Solver, peak_host_bytes
+from mico.solve import Solver
 from mico.stages import Groups, Preparation, results_root
 from mico.summary import flat, write_markdown
 from mico.team import gather
@@ -310,7 +310,7 @@ class _Job:
             size=self._size(architecture, layers, rest), layers=layers, groups=diagnostics, fallbacks=fallbacks,
             heat_maps=stages.heat_maps(made, self.preparation.blocks()) if made is not None else [],
             seconds={name: round(value, 3) for name, value in self.console.so_far().items()},
-            reused_seconds=self.console.reused, resumed_blocks=self.resumed,
+            stage_peaks=self.console.peaks, reused_seconds=self.console.reused, resumed_blocks=self.resumed,
             environment_changes=self.run.environment_changes,
             processes=solver.shares, peak_host_bytes=peak_host_bytes(), peak_device_bytes=_peak_device_bytes(),
             environment=self.run.environment, command=sys.argv, folder=str(self.run.path),

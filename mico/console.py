@@ -6,6 +6,8 @@ unless it is given a `Console` of its own.
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ class Console:
     verbosity: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     reused: dict[str, float] = field(default_factory=dict)  # seconds that stages took which an earlier run finished
+    peaks: dict[str, int] = field(default_factory=dict)  # most memory the process had had when a stage ended, bytes
     notes: list[str] = field(default_factory=list)
     _running: dict[str, float] = field(default_factory=dict, repr=False)
     _rich: RichConsole = field(default_factory=lambda: RichConsole(stderr=True, highlight=False), repr=False)
@@ -42,6 +45,7 @@ class Console:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+            self.peaks[name] = peak_host_bytes()
             del self._running[name]
 
     def so_far(self) -> dict[str, float]:
@@ -62,3 +66,9 @@ class Console:
                 progress.update(task, advance=1, description=f"{label} {detail}".rstrip())
 
             yield advance
+
+
+def peak_host_bytes() -> int:
+    """The most memory that this process had."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mico.tables import Section, duration_text, size_text
+from mico.tables import NOTHING, Section, duration_text, size_text
 
 NESTED = {"allocate": "compress", "mutual information": "groups", "clustering": "groups"}  # stages inside stages
 
@@ -44,24 +44,32 @@ def total_seconds(seconds: dict[str, float]) -> float:
 
 
 def costs_section(report: Report) -> Section:
+    """Stages with their time and the most memory the process had had at their end, then what else the run took."""
     seconds, reused, cost = report["seconds"], report.get("reused_seconds", {}), costs(report)
+    peaks = report.get("stage_peaks", {})
     rows = []
     for name in [name for name in seconds if name not in NESTED and name != "total"]:
-        rows.append((name, duration_text(seconds[name])))
+        rows.append((name, duration_text(seconds[name]), _peak(peaks, name)))
         parts = {part: seconds[part] for part in NESTED if NESTED[part] == name and part in seconds}
         if name == "compress" and cost["solve_seconds"] is not None:
             parts["solving"] = cost["solve_seconds"]
-        rows += [(f"· {part}", duration_text(value)) for part, value in parts.items()]
-    rows.append(("total", duration_text(total_seconds(seconds))))
-    rows += [(f"{name}, made by an earlier run", duration_text(value)) for name, value in reused.items()]
-    rows.append(("peak host memory", size_text(report["peak_host_bytes"])))
-    rows += _processes(report.get("processes", []))
+        rows += [(f"· {part}", duration_text(value), _peak(peaks, part)) for part, value in parts.items()]
+    whole = size_text(report["peak_host_bytes"])
+    rows.append(("total", duration_text(total_seconds(seconds)), whole))
+    rows += [(f"{name}, made by an earlier run", duration_text(value), NOTHING) for name, value in reused.items()]
     gpu = cost["peak_device_bytes"]
-    rows.append(("peak GPU memory", "no GPU" if gpu is None else size_text(gpu)))
-    rows += _kept_rows(cost)
+    more = [("peak host memory", whole), *_processes(report.get("processes", []))]
+    more += [("peak GPU memory", "no GPU" if gpu is None else size_text(gpu)), *_kept_rows(cost)]
+    rows += [(*row, NOTHING) for row in more]
     resumed = report.get("resumed_blocks", 0)
-    lines = (f"Resumed after {resumed} blocks: times and memory are those of the last start.",) if resumed else ()
-    return Section("Time and memory", ("stage", ""), tuple(rows), lines)
+    lines = ["Host memory: the most that the process had had by the end of the stage."]
+    if resumed:
+        lines.append(f"Resumed after {resumed} blocks: times and memory are those of the last start.")
+    return Section("Time and memory", ("stage", "", "host memory"), tuple(rows), tuple(lines))
+
+
+def _peak(peaks: dict[str, int], stage: str) -> str:
+    return size_text(peaks[stage]) if stage in peaks else NOTHING
 
 
 def _kept_rows(cost: dict[str, float | None]) -> list[tuple[str, str]]:

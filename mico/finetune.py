@@ -18,7 +18,7 @@ import torch
 from mico.callable import callable_module
 from mico.card import model_card
 from mico.checkpoint import write_manifest
-from mico.console import Console
+from mico.console import Console, peak_host_bytes
 from mico.data import Windows
 from mico.errors import UserError
 from mico.files import atomic_json, atomic_write, check_writable, read_json
@@ -34,7 +34,6 @@ from mico.qat.save import last_checkpoint, metrics_of, save_trained
 from mico.runs import REPORT, RunFolder
 from mico.runs import fingerprint as digest
 from mico.settings import PROTOCOLS, choose, record
-from mico.solve import peak_host_bytes
 from mico.stages import results_root
 from mico.summary import flat, write_markdown
 
@@ -279,7 +278,7 @@ class _Job:
             protocol=PROTOCOLS[0], dense=dense, compressed=compressed, training=results,
             size=_size(run, architecture, layers, rest), layers=layers, groups=[], fallbacks=[],
             seconds={name: round(value, 3) for name, value in self.console.so_far().items()},
-            peak_host_bytes=peak_host_bytes(),
+            stage_peaks=self.console.peaks, peak_host_bytes=peak_host_bytes(),
             peak_device_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
             environment=run.environment, command=sys.argv, folder=str(run.path),
         )  # fmt: skip

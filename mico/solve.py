@@ -5,8 +5,6 @@ Suffixes: R rows, C channels, G groups.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +19,7 @@ from mico.channels.meters import PairedMoments, SecondMoments
 from mico.channels.plan import ChannelGroups, LayerPlan
 from mico.channels.starved import note, trusted, trusted_pair
 from mico.checkpoint import exactly
-from mico.console import Console
+from mico.console import Console, peak_host_bytes
 from mico.loading import LoadedModel
 from mico.methods import METHODS, PAIRED, Layer, StreamProblem
 from mico.methods.budget import Budget, Demand, demand, factored_bits, plain_bits, shared
@@ -344,9 +342,3 @@ def weight_record(
         sparsity=1 - kept / weights, sizes=sizes, bits=list(quantized.bits_G),
         nominal_bits=stored["codes"] / max(kept, 1), stored=stored, bits_per_weight=sum(stored.values()) / weights,
     )  # fmt: skip
-
-
-def peak_host_bytes() -> int:
-    """The most memory that this process had."""
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -108,11 +108,12 @@ def run_tasks(
 def _load_tasks(tasks: Sequence[str], include_path: str | None, offline: bool) -> dict[str, Any]:
     with _quiet(), _offline(offline):
         try:
+            from mico.metrics import harness_model  # noqa: F401 (what it imports is asked for before weights are read)
             from mico.metrics.harness_tasks import load_tasks
         except ImportError as error:
-            if (error.name or "").partition(".")[0] not in ("lm_eval", "evaluate"):
-                raise
-            raise UserError(f"--tasks needs lm-eval {OLDEST} or later: pip install 'mico[eval]'") from None
+            raise UserError(
+                f"--tasks needs lm-eval {OLDEST} or later and its extra hf ({error}): pip install 'mico[eval]'"
+            ) from None
         return load_tasks(tasks, include_path)
 
 

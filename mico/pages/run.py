@@ -302,14 +302,19 @@ def _time(report: Report) -> Figure | None:
 
 
 def _memory(report: Report) -> Figure | None:
+    peaks = {name: size for name, size in report.get("stage_peaks", {}).items() if name in report["seconds"]}
     sizes = {
+        **{f"by the end of {name}": size for name, size in peaks.items() if name not in NESTED and name != "total"},
         "peak host": report["peak_host_bytes"],
         "peak GPU": report["peak_device_bytes"],
         "dense model": report["size"]["dense_bytes"],
         "compressed": report["size"]["packed_bytes"],
     }
     bars = {name: (float(size), size_text(size)) for name, size in sizes.items() if size}
-    caption = "Peak memory of the run, beside the sizes of the dense model at 16 bits and of the compressed one."
+    caption = (
+        "The most memory that the process had had by the end of each stage and of the run, beside the sizes of the "
+        "dense model at 16 bits and of the compressed one."
+    )
     return Figure(
         "memory", "Memory", caption, f"Bars: {_told(bars)}.", partial(_draw_bars, {"": bars}),
         section="Time and memory", height=30 + 24 * len(bars),

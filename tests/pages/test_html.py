@@ -58,7 +58,7 @@ def test_numbers_are_those_of_the_json(tmp_path_factory: pytest.TempPathFactory,
     page = written(tmp_path, report)
     assert page.data() == report
     tables = page.tables()
-    for text, dense, compressed, ratio in tables["Perplexity"][1:]:
+    for text, dense, compressed, ratio, *_ in tables["Perplexity"][1:]:
         values = report["dense"][text]["perplexity"], report["compressed"][text]["perplexity"]
         assert (dense, compressed) == tuple(f"{value:,.2f}" for value in values)
         assert ratio == f"×{values[1] / values[0]:.3f}"
