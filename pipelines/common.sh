@@ -99,6 +99,16 @@ make_small() {
     note "smoke: ${models[*]}, calibrated on 8 windows of 64 tokens; 'wikitext2' is this project's README"
 }
 
+# make_once FOLDER COMMAND...: a model for --smoke; the command gets the folder as its last word.
+make_once() {
+    local folder=$1
+    shift
+    if [ -d "$folder" ]; then return; fi
+    rm -rf "$folder.unfinished"
+    PYTHONPATH=$root "$python" "$@" "$folder.unfinished"
+    mv "$folder.unfinished" "$folder"
+}
+
 # --- the queue ------------------------------------------------------------------------------------------------------
 
 # arm NAME MODEL OPTION...

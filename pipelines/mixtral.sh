@@ -10,7 +10,7 @@ base=(--sparsity 0.5 --wbits 4 --calib c4 --eval "wikitext2,ptb,c4")
 begin mixtral-8x7b tiny-mixtral "$@"
 if [ "${models[*]}" = tiny-mixtral ]; then
     models=("$results/tiny-mixtral")
-    if [ ! -d "${models[0]}" ]; then "$python" "$root/pipelines/upcycle.py" tiny-llama "${models[0]}"; fi
+    make_once "${models[0]}" "$root/pipelines/upcycle.py" tiny-llama
 fi
 three_arms
 finish

@@ -28,7 +28,7 @@ KEPT = (
 
 
 def upcycle(source: Path, target: Path, seed: int = 0) -> None:
-    """Write the folder `target`; whole or not at all."""
+    """Write the folder `target`."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in sorted(load_file(source / "model.safetensors").items()):
@@ -48,14 +48,11 @@ def upcycle(source: Path, target: Path, seed: int = 0) -> None:
     made = {key: config[key] for key in KEPT if key in config}
     made |= dict(architectures=["MixtralForCausalLM"], model_type="mixtral", sliding_window=None)
     made |= dict(num_local_experts=EXPERTS, num_experts_per_tok=CHOSEN)
-    unfinished = target.with_name(f".tmp-{target.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    target.mkdir(parents=True)
     for file in source.glob("*token*"):
-        shutil.copy(file, unfinished)
-    (unfinished / "config.json").write_text(json.dumps(made, indent=2) + "\n")
-    save_file(tensors, unfinished / "model.safetensors", {"format": "pt"})
-    unfinished.rename(target)
+        shutil.copy(file, target)
+    (target / "config.json").write_text(json.dumps(made, indent=2) + "\n")
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from tests.workspace import make_model, make_texts
 PIPELINES = Path(__file__).parents[1] / "pipelines"
 SCRIPTS = sorted(path.name for path in PIPELINES.glob("*.sh") if path.name != "common.sh")
 EXPERIMENTS = sorted(path.name for path in PIPELINES.glob("*.sh") if "\nbegin " in path.read_text(encoding="utf-8"))
-PLAIN = [name for name in EXPERIMENTS if name not in ("eval_only.sh", "mixtral.sh")]  # nothing but arms
+PLAIN = [name for name in EXPERIMENTS if name not in ("eval_only.sh", "mixtral.sh", "estimator_sweep.sh")]  # nothing but arms
 
 # Stands for mico: notes when it ran, where and with what, and leaves the run folder that `--save` names.
 FAKE = """#!{python} -IS
@@ -160,7 +160,7 @@ def test_smoke_runs_every_experiment() -> None:
         ("quick_test.sh", "--arm", ["original", "enhanced", "mi"]),
         ("opt_ablation.sh", "--arm", ["original", "enhanced", "mi"] * 3),
         ("k_sweep.sh", "--n-groups", ["5", "10", "20", "50"]),
-        ("estimator_sweep.sh", "--mi-method", ["gaussian", "copula", "histogram", "knn"]),
+        ("estimator_sweep.sh", "--mi-method", ["gaussian", "copula", "histogram"]),
         ("sparsity_sweep.sh", "--sparsity", ["0.3", "0.5", "0.7"] * 2),
     ],
 )
