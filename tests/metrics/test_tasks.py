@@ -16,10 +16,12 @@ lm_eval = pytest.importorskip("lm_eval")
 
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+from mico.console import Console  # noqa: E402
 from mico.data import embedded_corpus  # noqa: E402
 from mico.errors import UserError  # noqa: E402
-from mico.metrics import harness_tasks  # noqa: E402
-from mico.metrics.harness import check_tasks  # noqa: E402
+from mico.loading import load_model  # noqa: E402
+from mico.metrics import harness, harness_tasks  # noqa: E402
+from mico.metrics.harness import check_tasks, run_tasks  # noqa: E402
 from mico.metrics.harness_tasks import OWN_TASKS, load_tasks  # noqa: E402
 from mico.metrics.tasks import documentation  # noqa: E402
 
@@ -101,6 +103,13 @@ def test_lm_eval_makes_both_tasks_from_the_folder_alone():
     prompt = choice.fewshot_context(asked, 2)
     assert prompt.endswith(asked["context"]) and prompt.count("\n\n") == 2
     assert rolling.doc_to_target(rolling.eval_docs[0]) == documentation.passages()[0]
+
+
+def test_the_questions_can_be_answered(monkeypatch):
+    monkeypatch.setattr(harness, "_ASK_ENVIRONMENT", lambda: "a test")
+    loaded = load_model("tiny-llama", device="cpu")
+    found = run_tasks(loaded.model, loaded.tokenizer, ["mico_choice"], None, limit=20, console=Console())
+    assert found["results"]["mico_choice"]["acc_mutual_info,none"] > 0.45  # chance: 0.25 ± 0.09
 
 
 # --- what is said ---------------------------------------------------------------------------------------------------
@@ -198,8 +207,18 @@ def test_a_task_asked_for_twice_is_refused(tmp_path, rows):
         check_tasks(["group_a", "group_b"], str(tmp_path))
 
 
-def test_a_missing_lm_eval_is_told_in_one_line(monkeypatch):
-    monkeypatch.delitem(sys.modules, "mico.metrics.harness_tasks")
-    monkeypatch.setitem(sys.modules, "lm_eval.api.task", None)
-    with pytest.raises(UserError, match=r"--tasks needs lm-eval .* pip install 'mico\[eval\]'"):
+@pytest.mark.parametrize(
+    ("missing", "imported"),
+    [
+        ("lm_eval.api.task", ["mico.metrics.harness_tasks"]),
+        ("accelerate", ["mico.metrics.harness_model", "lm_eval.models.huggingface"]),
+    ],
+)
+def test_a_missing_lm_eval_is_told_in_one_line(missing, imported, monkeypatch):
+    for name in imported:
+        package, _, module = name.rpartition(".")
+        monkeypatch.delattr(sys.modules[package], module, raising=False)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UserError, match=rf"--tasks needs lm-eval .* \(.*{missing}.*\): pip install 'mico\[eval\]'"):
         check_tasks(["mico_choice"], None)
