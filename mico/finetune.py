@@ -22,7 +22,7 @@ from mico.console import Console, peak_host_bytes
 from mico.data import Windows
 from mico.errors import UserError
 from mico.files import atomic_json, atomic_write, check_writable, read_json
-from mico.loading import LoadedModel, context_length, describe, load_config, load_model, load_tokenizer
+from mico.loading import LoadedModel, context_length, describe, load_config, load_model, load_tokenizer, quiet
 from mico.loading.names import model_in
 from mico.metrics.pair import Pair
 from mico.metrics.perplexity import default_texts, evaluation_sets, parse_texts
@@ -39,7 +39,7 @@ from mico.summary import flat, write_markdown
 
 callable_module(__name__)
 METHODS = ("paretoq",)
-MODEL, TRAINING = "model", "training"
+MODEL, TRAINING, BEFORE = "model", "training", "before_results.json"
 SEQLEN = 1024  # tokens of a training window, where the model takes as many
 LAYOUT = 1
 
@@ -197,7 +197,7 @@ class _Job:
         """Train from the last checkpoint on; return Trainer's metrics as {'before', 'train', 'eval', 'all'}."""
         from transformers import PrinterCallback, default_data_collator
 
-        from mico.qat.trainer import Distillation, Log, QATTrainer
+        from mico.qat.trainer import Distillation, Log, QATTrainer, Start, with_perplexity
 
         model, recipe = self._prepared(), self.recipe
         training = self.folder / TRAINING
@@ -209,11 +209,12 @@ class _Job:
             scale_learning_rate=recipe.scale_rate, data_collator=default_data_collator,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)  # it writes to stdout, where results go
-        trainer.add_callback(Log(self.console))
-        before = self._before(trainer)
-        with self.console.stage("train"):
+        start = self.folder / BEFORE
+        for callback in (Log(self.console), Start(start)):
+            trainer.add_callback(callback)
+        with quiet(), self.console.stage("train"):
             metrics = self._train(trainer, training)
-        after = _with_perplexity(trainer.evaluate())
+            after = with_perplexity(trainer.evaluate())
         model = trainer.accelerator.unwrap_model(trainer.model)
         model.zero_grad(set_to_none=True)
         if not math.isfinite(after["eval_loss"]):
@@ -221,11 +222,12 @@ class _Job:
                 f"the loss is {after['eval_loss']:g} after training: "
                 f"lower --learning-rate {recipe.rate:g} or --scale-learning-rate {recipe.scale_rate:g}"
             )
-        return dict(before=before, train=metrics, eval=after, all=metrics | after)
+        return dict(before=read_json(start), train=metrics, eval=after, all=metrics | after)
 
     def _train(self, trainer: Any, folder: Path) -> dict[str, Any]:
         """Train, or go on from the last checkpoint; one that holds the last step is only read."""
         found = last_checkpoint(folder)
+        trainer.args.eval_on_start = found is None
         if found is None:
             return trainer.train().metrics
         checkpoint, state = found
@@ -255,16 +257,6 @@ class _Job:
             raise UserError(f"--teacher {name}: its vocabulary is not that of {self.model}")
         return loaded.model
 
-    def _before(self, trainer: Any) -> dict[str, Any]:
-        """Loss of the quantizer before any training, kept for a run that goes on."""
-        kept = self.folder / "before_results.json"
-        if kept.exists():
-            return read_json(kept)
-        found = _with_perplexity(trainer.evaluate(metric_key_prefix="before"), "before")
-        if trainer.is_world_process_zero():
-            atomic_json(kept, found)
-        return found
-
     # --- report ---
 
     def _report(
@@ -282,10 +274,6 @@ class _Job:
             peak_device_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
             environment=run.environment, command=sys.argv, folder=str(run.path),
         )  # fmt: skip
-
-
-def _with_perplexity(metrics: dict[str, Any], prefix: str = "eval") -> dict[str, Any]:
-    return metrics | {f"{prefix}_perplexity": math.exp(min(metrics[f"{prefix}_loss"], 700.0))}
 
 
 def _size(run: RunFolder, architecture: dict[str, Any], layers: list[dict[str, Any]], rest: int) -> dict[str, Any]:

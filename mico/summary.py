@@ -196,7 +196,7 @@ def _training(results: dict[str, dict[str, Any]]) -> Section:
     after, train = results["eval"], results["train"]
     before = results["before"]
     rows = (
-        ("quantized, before training", number(before["before_loss"]), perplexity_text(before["before_perplexity"])),
+        ("quantized, before training", number(before["eval_loss"]), perplexity_text(before["eval_perplexity"])),
         ("after training", number(after["eval_loss"]), perplexity_text(after["eval_perplexity"])),
     )
     lines = (

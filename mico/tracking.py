@@ -218,7 +218,11 @@ class WandB:
         if os.environ.get("WANDB_MODE", "online") not in OFFLINE_MODES:
             import wandb
 
-            if not wandb.login(prompt=False, verify=False):
+            try:
+                known = wandb.login(verify=False)  # asks on a terminal
+            except wandb.Error:
+                known = False
+            if not known:
                 raise UserError(f"{option}: nobody is logged in: run wandb login, or set WANDB_MODE=offline")
 
     def open(self, run: str, config: Mapping[str, Any]) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +36,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(file)
 
 
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
 def train(space: Workspace, text: str, folder: Path, model: Path | None = None, **options: object) -> dict:
     given = STEPS | dict(train_file=text, eval="wikitext2", data_dir=str(space.texts), save=str(folder)) | options
     return mico.finetune(str(model or space.model), **given)
@@ -43,7 +53,7 @@ def test_every_width_trains_and_loads_as_it_was_trained(
 ) -> None:
     report = train(space, text, tmp_path / "run", w_bits=bits, group_size=16)
     training = report["training"]
-    assert training["eval"]["eval_loss"] < training["before"]["before_loss"]
+    assert training["eval"]["eval_loss"] < training["before"]["eval_loss"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
     assert len(packed) == 14 and all(module.quantized().bits_G[0] == bits for module in packed)
@@ -104,6 +114,25 @@ def test_the_mask_of_a_compressed_run_stays(space: Workspace, text: str, tmp_pat
             assert torch.all(module.dense()[~keep_RC] == 0)
             moved += not torch.equal(module.dense(), before.get_submodule(name).dense())
     assert moved == 14
+
+
+def test_two_processes_train_as_one_with_doubled_accumulation(space: Workspace, text: str, tmp_path: Path) -> None:
+    train(space, text, tmp_path / "one", w_bits=2, gradient_accumulation_steps=2, logging_steps=1)
+    given = STEPS | dict(
+        train_file=text, eval="wikitext2", data_dir=space.texts, save=tmp_path / "two", logging_steps=1
+    )
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in (given | dict(w_bits=2)).items()]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", "-m", "mico"]
+    done = subprocess.run(
+        [sys.executable, *command, "finetune", str(space.model), *flags], capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    curves = []
+    for name in ("one", "two"):
+        state = json.loads((tmp_path / name / "training" / "checkpoint-6" / "trainer_state.json").read_text())
+        curves.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
+    assert len(curves[0]) == 6 and curves[1] == pytest.approx(curves[0], abs=1e-3)
 
 
 @pytest.mark.parametrize("target", ["dense", "vllm"])

@@ -5,6 +5,8 @@ Suffixes: B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.nn import functional
 from transformers import Trainer, TrainerCallback
 
 from mico.console import Console
+from mico.files import atomic_json
 
 _CHUNK = 1024  # rows of logits turned to float32 at a time
 
@@ -62,6 +65,27 @@ class Log(TrainerCallback):
                 f"step {state.global_step:,} of {state.max_steps:,}: loss {logs['loss']:.4f}, "
                 f"learning rate {logs['learning_rate']:.3g}, gradient norm {logs['grad_norm']:.3g}"
             )
+
+
+class Start(TrainerCallback):
+    """Keeps what is measured before the first step, in a file.
+
+    Trainer has to do this evaluation itself: one that is asked to evaluate before it trains wraps the model for that,
+    and then leaves the gradients of several processes apart.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the metrics of step 0, from the first process alone."""
+        if state.global_step == 0 and state.is_world_process_zero:
+            atomic_json(self.file, with_perplexity(kwargs["metrics"]))
+
+
+def with_perplexity(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics of Trainer with exp(loss)."""
+    return metrics | dict(eval_perplexity=math.exp(min(metrics["eval_loss"], 700.0)))
 
 
 class Distillation:
