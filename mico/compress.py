@@ -310,7 +310,7 @@ class _Job:
             size=self._size(architecture, layers, rest), layers=layers, groups=diagnostics, fallbacks=fallbacks,
             heat_maps=stages.heat_maps(made, self.preparation.blocks()) if made is not None else [],
             seconds={name: round(value, 3) for name, value in self.console.so_far().items()},
-            stage_peaks=self.console.peaks, reused_seconds=self.console.reused, resumed_blocks=self.resumed,
+            stage_peaks=dict(self.console.peaks), reused_seconds=self.console.reused, resumed_blocks=self.resumed,
             environment_changes=self.run.environment_changes,
             processes=solver.shares, peak_host_bytes=peak_host_bytes(), peak_device_bytes=_peak_device_bytes(),
             environment=self.run.environment, command=sys.argv, folder=str(self.run.path),

@@ -270,7 +270,7 @@ class _Job:
             protocol=PROTOCOLS[0], dense=dense, compressed=compressed, training=results,
             size=_size(run, architecture, layers, rest), layers=layers, groups=[], fallbacks=[],
             seconds={name: round(value, 3) for name, value in self.console.so_far().items()},
-            stage_peaks=self.console.peaks, peak_host_bytes=peak_host_bytes(),
+            stage_peaks=dict(self.console.peaks), peak_host_bytes=peak_host_bytes(),
             peak_device_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
             environment=run.environment, command=sys.argv, folder=str(run.path),
         )  # fmt: skip
