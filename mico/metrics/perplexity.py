@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from mico.data import EVALUATION_SPLIT, GPTQ_SPLIT, TEXTS, Windows, evaluation_windows, load_text
-from mico.errors import UserError
+from mico.errors import UserError, out_of_memory
 from mico.settings import PROTOCOLS, choose
 
 PROTOCOL = PROTOCOLS[0]  # where none is named
@@ -165,7 +165,7 @@ def _score(
             ids_BT = windows.ids_NT[len(losses) : len(losses) + batch].to(device)
             batch_losses = _window_losses(model, ids_BT, _from_window(observer, name, len(losses)))
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             if batch == 1:
                 raise UserError(
@@ -234,11 +234,6 @@ def _fitting_batch(model: nn.Module, seqlen: int, batch_size: int) -> int:
     config: Any = getattr(model, "config", None)
     vocabulary = config.get_text_config().vocab_size if config is not None else 1
     return max(1, min(batch_size, LOGIT_BYTES // (4 * seqlen * vocabulary)))
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    # The CPU allocator has no type of its own.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _free(device: torch.device) -> None:
