@@ -96,7 +96,7 @@ make_small() {
     small=(--seqlen 64 --batch-size 4 --eval wikitext2 --data-dir "$texts" --offline)
     base+=("${small[@]}" --nsamples 8 --calib docs)
     export MICO_RESULTS=${MICO_RESULTS:-$results} # statistics and groups too
-    note "smoke: ${models[*]}, calibrated on 8 windows of 64 tokens; 'wikitext2' is this project's README"
+    note "smoke: ${models[*]:-tiny-llama}, calibrated on 8 windows of 64 tokens; 'wikitext2' is this project's README"
 }
 
 # make_once FOLDER COMMAND...: a model for --smoke; the command gets the folder as its last word.
