@@ -8,7 +8,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +215,7 @@ class _Job:
         with quiet(), self.console.stage("train"):
             metrics = self._train(trainer, training)
             after = with_perplexity(trainer.evaluate())
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        model.zero_grad(set_to_none=True)
+        self._gather(trainer)
         if not math.isfinite(after["eval_loss"]):
             raise UserError(
                 f"the loss is {after['eval_loss']:g} after training: "
@@ -236,6 +235,22 @@ class _Job:
             return trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer._load_from_checkpoint(checkpoint)  # Trainer itself would add a step
         return metrics_of(state)
+
+    def _gather(self, trainer: Any) -> None:
+        """Put the weights back into the model where processes hold parts of them (ZeRO-3, FSDP)."""
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        parted = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if not parted:
+            trainer.model.zero_grad(set_to_none=True)
+            return
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        unset_hf_deepspeed_config()  # or the model below would be spread over the processes too
+        if trainer.is_world_process_zero():
+            whole = load_model(self.loaded.name, device="cpu", dtype="float32", **self.hub)
+            self.loaded = replace(whole, name=self.loaded.name)
+            self.__post_init__()
+            self._prepared().load_state_dict(state, strict=False)
 
     def _prepared(self) -> Any:
         """The model with trainable QATLinears in place."""

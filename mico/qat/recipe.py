@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,12 @@ class Recipe:
             raise UserError(f"--kd-weight {self.kd_weight}: must be from 0 to 1")
         if self.deepspeed is not None and not Path(self.deepspeed).is_file():
             raise UserError(f"--deepspeed {self.deepspeed}: no such file")
+        if self.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
+            raise UserError(f"--deepspeed {self.deepspeed}: deepspeed is not installed: pip install deepspeed")
         for name in self.trackers:
             choose("--report-to", name, TRACKERS)
+            if name != "none" and importlib.util.find_spec(name) is None:
+                raise UserError(f"--report-to {name}: {name} is not installed: pip install 'mico[track]'")
 
     def _at_least_one(self, option: str) -> None:
         value = getattr(self, option)

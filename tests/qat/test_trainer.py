@@ -70,6 +70,17 @@ def test_recipe_defaults_are_those_of_the_paper_by_width() -> None:
     assert bits_of("1.58") == 1.58 and bits_of("3") == 3
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_shipped_deepspeed_configurations_are_read_and_filled(stage: int) -> None:
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig
+
+    file = Path(__file__).parents[2] / "pipelines" / "deepspeed" / f"zero{stage}.json"
+    config = HfDeepSpeedConfig(str(file))
+    assert config.is_zero3() == (stage == 3) and config.get_value("zero_optimization.stage") == stage
+    assert config.is_false("bf16.enabled")  # masters stay float32
+    assert config.is_true("torch_autocast.enabled")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
