@@ -139,7 +139,8 @@ def compress(
     grouping: o.Grouping = None, mi_method: o.MiMethod = "gaussian", cluster: o.Cluster = "spectral",
     statistics: o.StatisticsDir = None, groups: o.GroupsDir = None, save: o.Save = None, device: o.Device = "auto",
     dtype: o.Dtype = "auto", allow_partial: o.AllowPartial = False, strict: o.Strict = False,
-    json: o.JsonFile = None, debug: o.Debug = False,
+    tensorboard: o.TensorBoard = None, wandb: o.WandB = None, push_to_hub: o.PushToHub = None,
+    private: o.Private = False, json: o.JsonFile = None, debug: o.Debug = False,
     verbose: o.Verbose = 0, quiet: o.Quiet = False,
 ) -> None:  # fmt: skip
     """Compress a model, doing what is missing before it, and measure the result. A killed run goes on when repeated."""
@@ -147,6 +148,10 @@ def compress(
     from mico.compress import compress as run
     from mico.summary import print_report
 
+    if push_to_hub is not None:
+        from mico.push import check_push
+
+        check_push(push_to_hub)
     try:
         report = run(
             model, sparsity=sparsity, pattern=pattern, wbits=wbits, target_avg_bits=target_avg_bits,
@@ -155,8 +160,8 @@ def compress(
             blocksize=blocksize, profile=profile, embed_bits=embed_bits, calib=calib, nsamples=nsamples, seqlen=seqlen,
             batch_size=batch_size, seed=seed, device=device, dtype=dtype, eval=eval, save=save, data_dir=data_dir,
             data_file=data_file, statistics=statistics, groups=groups, offline=offline,
-            trust_remote_code=trust_remote_code, stream=stream, allow_partial=allow_partial, strict=strict, json=json,
-            console=_console(quiet, verbose),
+            trust_remote_code=trust_remote_code, stream=stream, allow_partial=allow_partial, strict=strict,
+            tensorboard=tensorboard, wandb=wandb, json=json, console=_console(quiet, verbose),
         )  # fmt: skip
     except ContractError as broken:  # the run is whole: its report is shown before the exit code tells of the contract
         if broken.report is not None:
@@ -164,6 +169,10 @@ def compress(
         raise
     if report:
         print_report(report, _output())
+        if push_to_hub is not None:
+            from mico.push import push, section
+
+            _show(section(push(report["folder"], push_to_hub, private=private, console=_console(quiet, verbose))))
 
 
 @app.command(epilog="Example: mico finetune tiny-llama --w-bits 2 --train-file text.jsonl")
@@ -211,7 +220,8 @@ def evaluate(
     trust_remote_code: o.TrustRemoteCode = False, dense: o.Dense = None, kl: o.Kl = None, tasks: o.Tasks = None,
     include_path: o.IncludePath = None, num_fewshot: o.NumFewshot = None, limit: o.Limit = None,
     log_samples: o.LogSamples = False, samples: o.Samples = 0, device: o.Device = "auto", dtype: o.Dtype = "auto",
-    output_path: o.OutputPath = None, json: o.JsonFile = None, debug: o.Debug = False, verbose: o.Verbose = 0,
+    output_path: o.OutputPath = None, tensorboard: o.TensorBoard = None, wandb: o.WandB = None,
+    json: o.JsonFile = None, debug: o.Debug = False, verbose: o.Verbose = 0,
     quiet: o.Quiet = False,
 ) -> None:  # fmt: skip
     """Measure a model or a run folder: perplexity, KL divergence to the dense model, tasks of lm-eval, samples."""
@@ -224,7 +234,8 @@ def evaluate(
         model, eval=eval, protocol=protocol, data_dir=data_dir, data_file=data_file, seqlen=seqlen,
         batch_size=batch_size, dense=dense, kl=kl, tasks=tasks, include_path=include_path, num_fewshot=num_fewshot,
         limit=limit, log_samples=log_samples, samples=samples, device=device, dtype=dtype, offline=offline,
-        trust_remote_code=trust_remote_code, output_path=output_path, json=json, console=_console(quiet, verbose),
+        trust_remote_code=trust_remote_code, output_path=output_path, tensorboard=tensorboard, wandb=wandb, json=json,
+        console=_console(quiet, verbose),
     )  # fmt: skip
     print_sections(evaluation_sections(result), _output())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ from mico.solve import Solver
 from mico.stages import Groups, Preparation, results_root
 from mico.summary import flat, write_markdown
 from mico.team import gather
+from mico.tracking import Tracking, compression_figures
 from mico.walk import replace
 
 callable_module(__name__)
@@ -86,6 +87,8 @@ def compress(
     stream: bool | None = None,
     allow_partial: bool = False,
     strict: bool = False,
+    tensorboard: str | None = None,
+    wandb: str | None = None,
     json: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -113,7 +116,7 @@ def compress(
         texts = parse_texts(eval if isinstance(eval, str) else ",".join(eval)) if eval is not None else None
         if json is not None:
             check_writable("--json", json)
-        with console.stage("total"):
+        with Tracking(tensorboard, wandb, console) as tracking, console.stage("total"):
             check_shapes(load_config(model, offline=offline, trust_remote_code=trust_remote_code), source, settings)
             preparation = Preparation(source, console, team)
             for line in team.describe():
@@ -127,14 +130,19 @@ def compress(
             name = f"{preparation.label}-{arm or settings.method}-{digest(arguments)[:8]}"
             folder = Path(save) if save else results_root() / name
             with RunFolder.open(folder, arguments) as run:
+                tracking.open(folder.name, arguments)
                 if run.completed:
                     console.note(f"compress: {run.path} is finished and whole, reusing it")
                     report = read_json(run.path / "report.json")
                 else:
                     for name in run.damaged:
                         console.note(f"{run.path / name} is missing or damaged: written again from the finished blocks")
-                    job = _Job(preparation, settings, sets, run, console, arm, statistics, groups, allow_partial)
+                    job = _Job(
+                        preparation, settings, sets, run, console, arm, statistics, groups, allow_partial,
+                        tracking.block,
+                    )  # fmt: skip
                     report = job.run_all()
+            tracking.finish(compression_figures(report), report["layers"])
         if json:
             atomic_json(json, flat(report))
         if strict and report["fallbacks"]:
@@ -165,6 +173,7 @@ class _Job:
     statistics: str | None
     groups: str | None
     allow_partial: bool
+    on_block: Callable[[int, list[dict[str, Any]]], None]  # told of every block that is finished
 
     def __post_init__(self) -> None:
         self.resumed = self.run.finished
@@ -187,7 +196,7 @@ class _Job:
         with self.console.stage("embeddings") if self.settings.embed_bits != 16 else nullcontext():
             tables = quantize_ends(loaded, self.settings.embed_bits)
         with self.console.stage("compress"):
-            solver = Solver(self.preparation, self.settings, self.run, self.console)
+            solver = Solver(self.preparation, self.settings, self.run, self.console, self.on_block)
             outcome = solver.solve(loaded, found, made)
         with self.console.stage("save"):
             check, rest = self._save(loaded, tables)

@@ -44,6 +44,7 @@ from mico.metrics.perplexity import (
     protocol_line,
 )
 from mico.runs import EVALUATION, MANIFEST, versions
+from mico.tracking import Tracking, evaluation_figures
 
 callable_module(__name__)
 MODEL = "model"  # inside a run folder
@@ -75,6 +76,8 @@ def evaluate(
     offline: bool = False,
     trust_remote_code: bool = False,
     output_path: str | None = None,
+    tensorboard: str | None = None,
+    wandb: str | None = None,
     json: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -119,14 +122,17 @@ def evaluate(
     job = _Job(console, sets, cut_prompts(sets, samples), batch_size, load)
     started = time.monotonic()
     with ExitStack() as stack:
+        tracking = stack.enter_context(Tracking(tensorboard, wandb, console))
+        tracking.open(f"eval-{Path(model).name}", dict(model=model, protocol=protocol, seqlen=length))
         against = job.dense(base, folder, output, stack) if base is not None and sets else None
         loaded = job.load(folder)
         report = dict(model=model, **_facts(loaded), seqlen=length, protocol=protocol)
         with loaded.running():
             report |= job.compressed(loaded, against)
             found = chosen.run(loaded, output, console)
-    report |= {"tasks": found["results"], "n-shot": found["n-shot"], "notes": job.notes}
-    report["seconds"] = round(time.monotonic() - started, 3)
+        report |= {"tasks": found["results"], "n-shot": found["n-shot"], "notes": job.notes}
+        report["seconds"] = round(time.monotonic() - started, 3)
+        tracking.finish(evaluation_figures(report))
     if output is not None:
         own = {name: value for name, value in report.items() if name not in ELSEWHERE}
         atomic_json(output / RESULTS, found | {"mico": own | dict(environment=versions(), command=sys.argv)})

@@ -6,7 +6,7 @@ Suffixes: R rows, C channels, G groups.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,7 @@ class Solver:
     settings: Compression
     run: RunFolder | None
     console: Console
+    on_block: Callable[[int, list[dict[str, Any]]], None] = lambda index, records: None  # told of every new block
     overruns: list[str] = field(default_factory=list)  # what the budget could not hold
     spent: dict[str, float] = field(default_factory=lambda: dict(solving_seconds=0.0, solving_cpu_seconds=0.0))
 
@@ -120,6 +121,7 @@ class Solver:
                         run.write_block(block.index, finished.layers, finished.biases, finished.records)
                         for record in finished.records:
                             run.log_layer(record)
+                    self.on_block(block.index, finished.records)
                 records += finished.records
                 self.halvings = block.halvings
                 advance(f"block {block.index}, error {max(record['error'] for record in finished.records):.3g}")

@@ -16,6 +16,7 @@ import logging
 import math
 import random
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -290,6 +291,8 @@ def _quiet() -> Iterator[list[str]]:
             stack.enter_context(_replaced(logger, "propagate", False))
         stack.enter_context(_replaced(tqdm, "__init__", hidden))
         stack.enter_context(_replaced(collect_env, "get_pretty_env_info", _environment))
+        if evaluator := sys.modules.get("lm_eval.evaluator"):  # it asks git, which complains outside a repository
+            stack.enter_context(_replaced(evaluator, "get_git_commit_hash", lambda: None))
         yield collector.messages
 
 
