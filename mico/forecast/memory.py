@@ -15,6 +15,7 @@ from mico.channels.meters import DOUBLE_LIMIT, PANEL, RESERVOIR_ROWS
 from mico.forecast.outline import Outline, StreamShape
 from mico.forecast.size import Size
 from mico.methods import PAIRED
+from mico.methods.method import SWEPT_TOGETHER
 from mico.metrics.perplexity import LOGIT_BYTES, ROWS
 from mico.packed.hf import SHARD_BYTES
 from mico.settings import Compression
@@ -34,7 +35,7 @@ SOLVING: dict[str, tuple[tuple[float, float], ...]] = {
     "rtn": ((0.2, 6.8),),
 }
 FACTOR_COLUMNS = 400  # right-hand sides and solutions while a factor is inverted, in its dtype
-LIBRARY_FACTORS = 1.0  # (C, C): what LAPACK and BLAS take beside PyTorch's allocator and keep for the next call
+LIBRARY_FACTORS = 1.0  # (C, C): what LAPACK takes beside PyTorch's allocator while it makes a factor
 START_BYTES = 40 * 10**6  # what a run imports beyond what a forecast does
 HEAP_SHARE, HEAP_BYTES = 0.6, 300 * 10**6  # of what is in use and freed, the C library keeps pieces below 32 MiB
 BLOCK_FILE = 1.125  # bytes a weight: a code and a mask bit
@@ -101,18 +102,25 @@ def accumulator_itemsize(channels: int) -> int:
     return 8 if channels <= DOUBLE_LIMIT else 4
 
 
-def solve_bytes(stream: StreamShape, kind: str) -> float:
-    """What one call of a method takes beyond its moments and dense weights."""
-    channels, weights = stream.channels, stream.weights
+def solve_bytes(stream: StreamShape, kind: str, library: float = 0.0) -> float:
+    """What one call of a method takes beyond its moments and dense weights.
+
+    library: (C, C) matrices that LAPACK takes for itself while a factor is made (LIBRARY_FACTORS).
+    """
+    channels, weights = stream.channels, _swept(stream, kind)
     moments, itemsize = moment_bytes(channels), accumulator_itemsize(channels)
-    columns = PANEL * channels * 4 if kind in ("wanda", "rtn") else FACTOR_COLUMNS * channels * itemsize
     held = [factors * moments + matrices * 4 * weights for factors, matrices in SOLVING[kind]]
-    held[0] += columns  # the factorization comes first
+    if kind in ("wanda", "rtn"):
+        return max(held) + PANEL * channels * 4
+    held[0] += FACTOR_COLUMNS * channels * itemsize + library * moments  # the factorization comes first
     return max(held)
 
 
-def _library_bytes(stream: StreamShape, kind: str) -> float:
-    return 0.0 if kind in ("wanda", "rtn") else LIBRARY_FACTORS * moment_bytes(stream.channels)
+def _swept(stream: StreamShape, kind: str) -> int:
+    """Weights of one sweep: of a large stream those of its largest Linear."""
+    if kind in ("wanda", "rtn") or stream.weights <= SWEPT_TOGETHER:
+        return stream.weights
+    return stream.channels * max(stream.rows)
 
 
 def gram_bytes(channels: int, tokens: float, paths: int = 1) -> float:
@@ -256,13 +264,12 @@ class Memory:
     def _solving(self) -> list[float]:
         """What every stream of the widest block takes beside weights and activations."""
         streams, kind = self.shape.widest, self.task.kind
-        library = max(_library_bytes(stream, kind) for stream in streams)
         found, done = [], 0.0
         if not self.task.paired:
             moments = sum(moment_bytes(stream.channels) for stream in streams)
             found.append(moments + self._measuring(streams, 1))
             for stream in streams:
-                found.append(moments + done + library + solve_bytes(stream, kind))
+                found.append(moments + done + solve_bytes(stream, kind, LIBRARY_FACTORS))
                 moments -= moment_bytes(stream.channels)
                 done += FINISHED * stream.weights
             return found
@@ -272,7 +279,7 @@ class Memory:
             if stream.expert is not None:  # experts are measured in waves
                 together = max(together, min(MOMENTS_BYTES, together * self._experts()))
             found.append(done + together + self._measuring((stream,), 2))
-            found.append(done + together + one + library + solve_bytes(stream, kind))
+            found.append(done + together + one + solve_bytes(stream, kind, LIBRARY_FACTORS))
             done += FINISHED * stream.weights
         return found
 

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mico.channels.meters import PairedMoments, SecondMoments
 from mico.channels.plan import ChannelGroups, LayerPlan
-from mico.forecast.memory import gram_bytes, moment_bytes, solve_bytes
+from mico.forecast.memory import SWEPT_TOGETHER, gram_bytes, moment_bytes, solve_bytes
 from mico.forecast.outline import StreamShape
 from mico.methods import METHODS, PAIRED, Layer, StreamProblem
 
@@ -80,3 +80,12 @@ def test_moments_of_wide_streams_are_halved(channels: int) -> None:
     with torch.device("meta"):
         made = SecondMoments.empty(channels, "meta")
     assert moment_bytes(channels) == made.gram_CC.numel() * made.gram_CC.itemsize
+
+
+def test_a_large_stream_takes_what_its_largest_linear_takes() -> None:
+    """Where a stream is swept Linear by Linear (StreamProblem.parts), memory is that of one sweep."""
+    small, large = SWEPT_TOGETHER // 4096 // 2, SWEPT_TOGETHER // 4096
+    alone = solve_bytes(StreamShape("one", 4096, (large,)), "rows")
+    assert solve_bytes(StreamShape("one", 4096, (large, small)), "rows") == alone
+    assert solve_bytes(StreamShape("one", 4096, (small, small)), "rows") == alone
+    assert solve_bytes(StreamShape("one", 4096, (small, small // 2)), "rows") < alone
