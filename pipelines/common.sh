@@ -45,7 +45,7 @@ Variables, for every experiment:
   SEEDS              seeds, an arm each             (default: "0")
   GPUS               GPUs to spread the arms over   (GPUS="0 1 2 3": four arms at a time; "0,1 2,3": two, of two GPUs)
   JOBS               arms at a time without a GPU   (default: 1; their logs then lie in RESULTS/logs)
-  CUDA_VISIBLE_DEVICES  the GPU where GPUS is not set  (default: 0)
+  CUDA_VISIBLE_DEVICES  the GPU where GPUS is not set  (default: 0; "" for the CPU)
   MICO_VENV          environment; one that has mico is used as it is  (default: .venv, made by pipelines/setup.sh)
 Killed, the same command goes on: finished arms are skipped, a started one resumes.
 TEXT
@@ -83,7 +83,7 @@ set_up() {
     if [ -z "${MICO_VENV:-}" ] || [ ! -x "$venv/bin/mico" ]; then bash "$root/pipelines/setup.sh" "$extras"; fi
     mico=$venv/bin/mico
     python=$venv/bin/python
-    export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"
+    export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-0}"
 }
 
 # Little calibration and this project's own pages to measure on, under the name of a text that mico knows.

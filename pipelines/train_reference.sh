@@ -13,7 +13,7 @@ data_dir=$(cd "$1" && pwd)
 arch=${2:-llama}
 size=${3:-tiny}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"
+export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-0}"
 
 case "$arch-$size" in
     llama-tiny | opt-tiny) out=mico/reference/tiny-$arch ;;

@@ -48,7 +48,11 @@ folder = pathlib.Path(words[words.index("--save") + 1])
 if os.environ.get("HANG", "nothing") in folder.name:
     tell("hanging")
     time.sleep(60)
-time.sleep(float(os.environ.get("SECONDS_AN_ARM", "0")))
+here = pathlib.Path(os.environ["RECORD"]).parent
+(here / ("began-" + str(os.getpid()))).touch()
+# No arm ends before TOGETHER of them have begun.
+while len(list(here.glob("began-*"))) < int(os.environ.get("TOGETHER", "1")):
+    time.sleep(0.01)
 if os.environ.get("FAIL", "nothing") in folder.name:
     print("mico: error: broken on purpose")
     tell("failed")
@@ -59,6 +63,21 @@ report = json.dumps(dict(command=sys.argv)).encode()
 outputs = dict(completed=dict(outputs={{"report.json": hashlib.sha256(report).hexdigest()}}))
 (folder / "manifest.json").write_text(json.dumps(outputs))
 tell("done")
+"""
+
+
+# Is mico, but stays after the first block of the arm whose folder HOLD names, so that a kill finds it there.
+HELD = """
+import os, sys, time
+from mico import cli, runs
+write_block = runs.RunFolder.write_block
+def write(run, *block):
+    write_block(run, *block)
+    if run.path.name == os.environ.get("HOLD"):
+        (run.path / ".held").touch()
+        time.sleep(600)
+runs.RunFolder.write_block = write
+sys.exit(cli.main())
 """
 
 
@@ -95,7 +114,11 @@ class Shell:
 
     def run(self, script: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         process = self.start(script, *arguments, **env)
-        out, err = process.communicate(timeout=100)
+        try:
+            out, err = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def record(self) -> list[tuple[str, str, float, float, list[str]]]:
@@ -176,6 +199,11 @@ def test_arms_of_a_sweep(shell: Shell, script: str, option: str, values: list[st
     assert {device for _, device, *_ in shell.record()} == {"0"}
 
 
+def test_no_gpu_may_be_named(shell: Shell) -> None:
+    assert shell.run("quick_test.sh", CUDA_VISIBLE_DEVICES="").returncode == 0
+    assert {device for _, device, *_ in shell.record()} == {""}
+
+
 @pytest.mark.parametrize("script", [name for name in EXPERIMENTS if name not in MORE])
 def test_smoke_takes_a_shipped_model_and_no_hub(shell: Shell, script: str) -> None:
     assert shell.run(script, "--smoke").returncode == 0
@@ -227,7 +255,7 @@ def test_eval_only_measures_runs_in_place_and_models_apart(shell: Shell) -> None
 
 
 def test_arms_spread_over_gpus_one_at_a_time_each(shell: Shell) -> None:
-    found = shell.run("quick_test.sh", GPUS="3 5,6", SEEDS="0 1", SECONDS_AN_ARM="0.1", CUDA_VISIBLE_DEVICES="9")
+    found = shell.run("quick_test.sh", GPUS="3 5,6", SEEDS="0 1", TOGETHER="2", CUDA_VISIBLE_DEVICES="9")
     assert found.returncode == 0, found.stderr
     arms = [entry for entry in shell.record() if entry[4][0] == "compress"]
     assert len(arms) == 6 and {device for _, device, *_ in arms} == {"3", "5,6"}
@@ -238,7 +266,7 @@ def test_arms_spread_over_gpus_one_at_a_time_each(shell: Shell) -> None:
 
 
 def test_jobs_run_beside_each_other(shell: Shell) -> None:
-    assert shell.run("quick_test.sh", JOBS="3", SECONDS_AN_ARM="0.5").returncode == 0
+    assert shell.run("quick_test.sh", JOBS="3", TOGETHER="3").returncode == 0
     arms = [entry for entry in shell.record() if entry[4][0] == "compress"]
     assert max(began for _, _, began, _, _ in arms) < min(ended for _, _, _, ended, _ in arms)
 
@@ -272,7 +300,7 @@ def test_ctrl_c_ends_the_arm_too(shell: Shell, number: int, status: int) -> None
     process = shell.start("quick_test.sh", HANG="enhanced")
     until(lambda: any(what == "hanging" for what, *_ in shell.record()), process)
     process.send_signal(number)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == status and "the same command goes on" in err
     assert [what for what, *_ in shell.record()] == ["done", "hanging", "terminated"]
     with pytest.raises(ProcessLookupError):  # nobody of its process group is left
@@ -284,14 +312,16 @@ def test_a_killed_sweep_repeats_no_finished_arm(shell: Shell) -> None:
     """With the compressions of mico itself on a model of two layers."""
     shell.program("stand-in", FAKE.format(python=sys.executable))
     python, root = shlex.quote(sys.executable), shlex.quote(str(PIPELINES.parent))
+    (shell.root / "held.py").write_text(HELD)
     report = f'[ "$1" != report ] || exec "{shell.root}/bin/stand-in" "$@"'
-    shell.program("mico", f'#!/bin/sh\n{report}\nPYTHONPATH={root} exec {python} -m mico "$@"\n')
+    held = shlex.quote(str(shell.root / "held.py"))
+    shell.program("mico", f'#!/bin/sh\n{report}\nPYTHONPATH={root} exec {python} {held} "$@"\n')
     model, texts = make_model(shell.root / "tiny"), make_texts(shell.root / "texts")
     command = (str(model), "--data-dir", str(texts), "--calib", "wikitext2", "--eval", "none", "--nsamples", "4")
     env = dict(N_GROUPS="2 3", MICO_RESULTS=str(shell.results), OMP_NUM_THREADS="1")
     first, second = (shell.results / f"tiny-mi-n-groups-{count}-seed0" for count in (2, 3))
-    process = shell.start("k_sweep.sh", *command, **env)
-    until(lambda: (second / "manifest.json").exists(), process)
+    process = shell.start("k_sweep.sh", *command, HOLD=second.name, **env)
+    until(lambda: (second / ".held").exists(), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert (first / "report.json").exists() and not (second / "report.json").exists()
@@ -302,6 +332,7 @@ def test_a_killed_sweep_repeats_no_finished_arm(shell: Shell) -> None:
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
     assert f"{first.name}: finished before by the same command, skipped" in again.stderr
     assert f"{second.name}: done in" in again.stderr and "1 done, 1 skipped, 0 failed" in again.stderr
+    assert json.loads((second / "report.json").read_text())["resumed_blocks"] == 1
     assert shell.record()[-1][4][:3] == ["report", str(first), str(second)]
 
 
