@@ -1,9 +1,11 @@
-"""The suite runs without a network, without the user's own data folder, and on few threads."""
+"""The suite runs without a network, without the user's own data, caches and tokens, and on few threads."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 
 import torch
 from hypothesis import settings
@@ -12,6 +14,18 @@ from hypothesis import settings
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.pop("MICO_DATA_DIR", None)
+for name in (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "HF_ENDPOINT",
+    "HF_HUB_CACHE",
+    "HF_DATASETS_CACHE",
+    "HF_MODULES_CACHE",
+):
+    os.environ.pop(name, None)
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="mico-tests-")
+# The stand-in of the hub is on this machine, whatever proxy leads to others.
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 
 # A shell that starts the suite in the background makes it ignore Ctrl-C, and its children after it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -22,3 +36,7 @@ torch.set_num_threads(min(torch.get_num_threads(), 4))
 # No deadline: a busy machine is not a failure. In CI the examples are the same every time.
 settings.register_profile("mico", deadline=None, derandomize=os.environ.get("CI") == "true")
 settings.load_profile("mico")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import sys
@@ -217,7 +218,7 @@ def test_a_task_asked_for_twice_is_refused(tmp_path, rows):
 def test_a_missing_lm_eval_is_told_in_one_line(missing, imported, monkeypatch):
     for name in imported:
         package, _, module = name.rpartition(".")
-        monkeypatch.delattr(sys.modules[package], module, raising=False)
+        monkeypatch.delattr(importlib.import_module(package), module, raising=False)
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UserError, match=rf"--tasks needs lm-eval .* \(.*{missing}.*\): pip install 'mico\[eval\]'"):
