@@ -184,9 +184,9 @@ class _Job:
         loaded = self.preparation.load()
         architecture = describe(loaded.model, loaded.family)
         self._check_coverage(architecture)
-        self._check_disk(architecture["parameters"])
+        needed = self._check_disk(architecture["parameters"])
         self._announce(architecture)
-        pair = self._pair(loaded)
+        pair = self._pair(loaded, needed)
         with loaded.running():
             dense = pair.dense(loaded.model)
         found = stages.statistics(self.preparation, self.statistics) if self.settings.allocates else None
@@ -214,9 +214,10 @@ class _Job:
         pair.done()
         return report
 
-    def _pair(self, loaded: LoadedModel) -> Pair:
+    def _pair(self, loaded: LoadedModel, needed: int) -> Pair:
         vocabulary, mark = loaded.model.config.get_text_config().vocab_size, self.preparation.identity["model"]
-        return Pair(self.sets, self.run.path, mark, vocabulary, self.preparation.source.batch_size, self.console)
+        size = self.preparation.source.batch_size
+        return Pair(self.sets, self.run.path, mark, vocabulary, size, self.console, spare=needed)
 
     def _check_coverage(self, architecture: dict[str, Any]) -> None:
         share = architecture["coverage"]
@@ -226,14 +227,18 @@ class _Job:
         self.console.note(f"compress: {share:.1%} of the Linear parameters of the language model{dense}")
         check_coverage(share, self.preparation.source.model, self.allow_partial)
 
-    def _check_disk(self, parameters: int) -> None:
-        """The saved model (at most 16 bits a weight) and the blocks (a code and a mask bit a weight) must fit."""
+    def _check_disk(self, parameters: int) -> int:
+        """Bytes for the saved model (at most 16 bits a weight) and the blocks (a code and a mask bit a weight).
+
+        Raises UserError when they do not fit.
+        """
         left = 1 - self.run.finished / self.preparation.blocks()
         needed, free = int(parameters * (2 + 1.2 * left)), shutil.disk_usage(self.run.path).free
         if free < needed:
             raise UserError(
                 f"{self.run.path}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed: free some or move --save"
             )
+        return needed
 
     def _announce(self, architecture: dict[str, Any]) -> None:
         facts = ", ".join(f"{name} {value}" for name, value in architecture.items())

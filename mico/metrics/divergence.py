@@ -76,18 +76,19 @@ class DenseReference:
         folder: Path | None = None,
         name: str | None = None,
         budget: int | None = None,
+        spare: int = 0,
     ) -> None:
         """folder: where the file lies (None: the system's temporary folder). name: None for a file that vanishes with
         the process; otherwise it stays for a later process with the same `name` (what identifies the dense model) and
-        the same windows, until `delete`; the folder is this process's own and keeps one such file. Raises UserError
-        when the folder cannot be written.
+        the same windows, until `delete`; the folder is this process's own and keeps one such file. spare: bytes of the
+        disk that are left to others. Raises UserError when the folder cannot be written.
         """
         self.vocabulary, self._piece = vocabulary, max(1, PIECE // vocabulary)
         self._folder = Path(folder or tempfile.gettempdir())
         with writing(self._folder):
             earlier = sum(file.stat().st_size for file in self._folder.glob(f"{KEPT}*"))  # so that it counts the same
             free = shutil.disk_usage(self._folder).free + earlier
-        affordable = min(BUDGET if budget is None else budget, int(DISK_SHARE * free))
+        affordable = max(0, min(BUDGET if budget is None else budget, int(DISK_SHARE * free), free - spare))
         shapes = {text: (len(windows.ids_NT), windows.seqlen - 1) for text, windows in sets.items()}
         self._each = {text: each for text, (_, each) in shapes.items()}
         self.rows = shared_rows(shapes, affordable // (BYTES * vocabulary))

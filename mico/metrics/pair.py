@@ -23,14 +23,19 @@ class Pair:
     """Perplexities of both models by text, and how far the second has moved from the first.
 
     What is found of the dense model stays in `folder` until `compressed` is done, so that a run that goes on does not
-    measure it again. mark: what identifies the dense model.
+    measure it again. mark: what identifies the dense model. spare: bytes of the disk that the run still needs.
     """
 
     def __init__(
-        self, sets: Mapping[str, Windows], folder: Path, mark: str, vocabulary: int, batch_size: int, console: Console
-    ) -> None:
+        self, sets: Mapping[str, Windows], folder: Path, mark: str, vocabulary: int, batch_size: int, console: Console,
+        spare: int = 0,
+    ) -> None:  # fmt: skip
         self._sets, self._kept, self._batch_size, self._console = sets, folder / DENSE, batch_size, console
-        self._reference = DenseReference(sets, vocabulary, folder=folder, name=mark) if sets else None
+        self._reference = DenseReference(sets, vocabulary, folder=folder, name=mark, spare=spare) if sets else None
+        if self._reference is not None and not any(self._reference.rows.values()):
+            console.note(
+                f"KL to the dense model is left out: {folder} has no disk space for what it says about a token"
+            )
 
     def dense(self, model: nn.Module) -> Scores:
         """Measure the dense model, unless an earlier process did."""
