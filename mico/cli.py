@@ -15,7 +15,7 @@ from rich.console import Console as RichConsole
 from mico import __version__
 from mico import options as o
 from mico import training_options as t
-from mico.errors import INTERRUPTED, ContractError
+from mico.errors import INTERRUPTED, ContractError, UserError
 from mico.exits import USAGE, explain, hyphens, quiet_libraries, terminable
 
 BROKEN_PIPE = 141  # what a shell reports for a program that a closed pipe ended
@@ -152,6 +152,8 @@ def compress(
         from mico.push import check_push
 
         check_push(push_to_hub)
+    elif private:
+        raise UserError("--private has no effect without --push-to-hub: name a repository, or leave it out")
     try:
         report = run(
             model, sparsity=sparsity, pattern=pattern, wbits=wbits, target_avg_bits=target_avg_bits,
@@ -166,6 +168,10 @@ def compress(
     except ContractError as broken:  # the run is whole: its report is shown before the exit code tells of the contract
         if broken.report is not None:
             print_report(broken.report, _output())
+            if push_to_hub is not None:
+                _console(quiet, verbose).note(
+                    f"not pushed; to do so: mico push {broken.report['folder']} {push_to_hub}"
+                )
         raise
     if report:
         print_report(report, _output())

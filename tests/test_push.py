@@ -14,16 +14,22 @@ import torch
 from huggingface_hub import constants
 
 import mico
+from mico import cli
 from mico.console import Console
 from mico.errors import UserError
 from mico.push import card_of, check_push, push, pushable, section
 from tests.standin import LFS_BYTES, Hub
-from tests.workspace import workspace
+from tests.workspace import Workspace, workspace
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return workspace(tmp_path_factory.getbasetemp()).run
+def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return workspace(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def run(space: Workspace) -> Path:
+    return space.run
 
 
 @pytest.fixture
@@ -64,6 +70,31 @@ def test_a_pushed_model_read_back_gives_the_same_logits(run: Path, hub: Hub, tmp
     with torch.no_grad():
         sent, found = (mico.load(str(folder))(ids).logits for folder in (run, copy))
     assert torch.equal(sent, found)
+
+
+def again(space: Workspace, *flags: str) -> int:
+    """The command of the finished run once more, with other flags."""
+    return cli.main(
+        ["compress", str(space.model), "--eval=wikitext2", "--arm=mi", f"--save={space.run}", *space.flags, *flags]
+    )
+
+
+def test_compress_pushes_what_it_made(
+    space: Workspace, run: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert again(space, "--push-to-hub=tiny", "--private") == 0
+    assert hub.files["someone/tiny"].keys() == ours(run).keys() and hub.private["someone/tiny"]
+    shown = capsys.readouterr()
+    assert "Push to someone/tiny" in shown.out and "reusing it" in shown.err
+
+
+def test_compress_is_told_before_any_work_what_cannot_be_pushed(
+    space: Workspace, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert again(space, "--push-to-hub=others/tiny") == 2 == again(space, "--private")
+    first, second = capsys.readouterr().err.splitlines()
+    assert "begin with one of them" in first and "--private has no effect without --push-to-hub" in second
+    assert not hub.files
 
 
 def test_a_second_push_sends_nothing_and_makes_no_commit(run: Path, hub: Hub) -> None:

@@ -13,19 +13,24 @@ from typing import Any
 
 import pytest
 
+import mico
 from mico.console import Console
 from mico.errors import UserError
 from mico.summary import flat
 from mico.tracking import Tracking, block_values, compression_figures, evaluation_figures, numbers
-from tests.workspace import workspace
+from tests.workspace import Workspace, workspace
 
 Report = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    run = workspace(tmp_path_factory.getbasetemp()).run
-    return json.loads((run / "report.json").read_text(encoding="utf-8"))
+def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return workspace(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def report(space: Workspace) -> Report:
+    return json.loads((space.run / "report.json").read_text(encoding="utf-8"))
 
 
 def by_block(report: Report) -> dict[int, list[dict[str, Any]]]:
@@ -107,6 +112,20 @@ def test_the_event_file_equals_the_report(report: Report, tmp_path: Path) -> Non
     assert {tag: found[tag][0] for tag in figures} == pytest.approx(figures)
 
 
+def test_compress_and_eval_log_what_they_report(space: Workspace, report: Report, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    logs = dict(tensorboard=str(tmp_path))
+    mico.compress(str(space.model), eval="wikitext2", arm="mi", save=str(space.run), **space.options, **logs)
+    found = scalars(tmp_path / space.run.name)
+    assert {tag: found[tag][0] for tag in compression_figures(report)} == pytest.approx(compression_figures(report))
+    assert set(found["error/q"]) == {0, 1}
+    result = mico.evaluate(str(space.model), eval="wikitext2", data_dir=str(space.texts), **logs)
+    figures = evaluation_figures(result)
+    found = scalars(tmp_path / f"eval-{space.model.name}")
+    assert found.keys() == figures.keys()
+    assert found["perplexity/wikitext2"][0] == pytest.approx(result["perplexity"]["wikitext2"])
+
+
 def test_a_run_that_goes_on_has_every_point_once(report: Report, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     with pytest.raises(KeyboardInterrupt), Tracking(str(tmp_path), None, Console()) as tracking:
@@ -144,7 +163,9 @@ def test_a_full_disk_is_said_once_and_counted(report: Report, tmp_path: Path) ->
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     pytest.importorskip("wandb")
-    for name, value in dict(WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_ERROR_REPORTING="false").items():
+    places = dict.fromkeys(("WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"), str(tmp_path))
+    patient = dict(WANDB_MODE="offline", WANDB_ERROR_REPORTING="false", WANDB__SERVICE_WAIT="300")  # seconds
+    for name, value in (places | patient).items():
         monkeypatch.setenv(name, value)
     yield tmp_path
 
