@@ -235,6 +235,8 @@ def _perplexity(report: Report) -> Section:
 def score_line(name: str, score: dict[str, Any]) -> str:
     """How one perplexity was measured."""
     short = f", {score['shortfall']:,} tokens short of the protocol" if score["shortfall"] else ""
+    if halvings := score.get("batch_halvings", 0):
+        short += f", batch halved {halvings} times for want of memory"
     bos = "kept" if score["bos"] else "none"
     return (
         f"protocol {score['protocol']}: {name} from {score['origin']}, {score['tokens']:,} tokens in "
