@@ -271,10 +271,11 @@ class RunFolder:
 
     @functools.cached_property
     def damaged(self) -> list[str]:
-        """Outputs of a finished run that are missing or no longer what was written, by name."""
+        """Outputs of a finished run that are missing or no longer what was written; mico report may renew its pages."""
         outputs = self._manifest.get("completed", {}).get("outputs", {})
-        files = ((name, self.path / name, digest) for name, digest in outputs.items())
-        return [name for name, file, digest in files if not file.is_file() or sha256_file(file) != digest]
+        kept = ((name, None if name in ("report.md", "report.html") else digest) for name, digest in outputs.items())
+        files = ((name, self.path / name, digest) for name, digest in kept)
+        return [name for name, file, digest in files if not file.is_file() or digest not in (None, sha256_file(file))]
 
     @property
     def completed(self) -> bool:

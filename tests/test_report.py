@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 import mico
 from mico import cli
 from mico.errors import UserError
+from mico.runs import RunFolder
 from mico.summary import print_report
 from mico.tables import perplexity_text
 from tests.workspace import Workspace, workspace
@@ -195,3 +197,21 @@ def test_results_of_another_program_are_told(report: Report, tmp_path: Path) -> 
         folder = put(tmp_path / str(number), report, found)
         with pytest.raises(UserError, match=r"results.json is no result of mico eval .*: delete it, or run mico eval"):
             mico.report(folder)
+
+
+def test_pages_written_anew_into_the_run_folder_are_no_damage(space: Workspace, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(space.run, run)
+    arguments = json.loads((run / "manifest.json").read_text())["arguments"]
+    pages = [run / "report.html", run / "report.md"]
+    before = [page.read_bytes() for page in pages]
+    (run / "eval").mkdir()
+    (run / "eval" / "results.json").write_text(json.dumps({"results": {"quiz": {"alias": "quiz", "acc,none": 0.5}}}))
+    mico.report(str(run), html=str(pages[0]), markdown=str(pages[1]), console=Console(file=io.StringIO()))
+    assert all(page.read_bytes() != old for page, old in zip(pages, before, strict=True))
+    assert RunFolder.view(run, arguments) is not None
+    pages[0].unlink()
+    assert RunFolder.view(run, arguments) is None
+    pages[0].write_text("")
+    (run / "report.json").write_text("{}")
+    assert RunFolder.view(run, arguments) is None
