@@ -43,6 +43,7 @@ from mico.metrics.perplexity import (
     parse_texts,
     protocol_line,
 )
+from mico.metrics.results import with_earlier
 from mico.runs import EVALUATION, MANIFEST, versions
 from mico.tracking import Tracking, evaluation_figures
 
@@ -135,7 +136,8 @@ def evaluate(
         tracking.finish(evaluation_figures(report))
     if output is not None:
         own = {name: value for name, value in report.items() if name not in ELSEWHERE}
-        atomic_json(output / RESULTS, found | {"mico": own | dict(environment=versions(), command=sys.argv)})
+        own |= dict(environment=versions(), command=sys.argv)
+        atomic_json(output / RESULTS, with_earlier(output / RESULTS, found, own, console))
         console.note(f"eval: written to {output / RESULTS}")
     if json is not None:
         atomic_json(json, report)

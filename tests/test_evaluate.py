@@ -461,6 +461,27 @@ def test_without_tasks_the_shape_is_the_same_and_empty(folder, data_dir, tmp_pat
     assert results["mico"]["perplexity"] == found["perplexity"]
 
 
+def test_a_later_call_keeps_what_it_does_not_measure(folder, moved, task_folder, data_dir, tmp_path):
+    out, tasks = tmp_path / "out", dict(tasks="counting", include_path=str(task_folder))
+    texts, kept = dict(eval="ptb", data_dir=str(data_dir)), dict(output_path=str(out))
+
+    def results():
+        return json.loads((out / "results.json").read_text())
+
+    first = evaluate(str(folder), **texts, **kept)
+    console = Console()
+    second = evaluate(str(folder), console=console, **tasks, **kept)
+    assert second["texts"] == {} and results()["results"] == second["tasks"]
+    assert results()["mico"]["texts"] == first["texts"] and "keeps the texts of an earlier call" in str(console.notes)
+    evaluate(str(folder), **texts | dict(eval="wikitext2"), **kept)
+    assert results()["results"] == second["tasks"] and list(results()["mico"]["texts"]) == ["wikitext2"]
+    evaluate(str(moved), **texts, **kept)  # another model keeps nothing
+    assert results()["results"] == {} and list(results()["mico"]["texts"]) == ["ptb"]
+    (out / "results.json").write_text("{")
+    evaluate(str(folder), **tasks, **kept)
+    assert set(results()["results"]) == {"counting"} and results()["mico"]["texts"] == {}
+
+
 @pytest.mark.usefixtures("no_weights")
 def test_an_output_folder_that_cannot_be_written_is_refused_first(folder, data_dir, tmp_path):
     (tmp_path / "file").write_text("")
