@@ -19,10 +19,14 @@ if [ -z "${GPUS:-}" ]; then export JOBS=${JOBS:-$((cores < 4 ? cores : 4))}; fi
 if [ -n "${RESULTS:-}" ]; then results=$RESULTS; else results=$(mktemp -d); fi
 mkdir -p "$results"
 times=() broken=0
+trap 'stop 130' INT # the running experiment is told to end, too
+trap 'stop 143' TERM HUP
 for experiment in "${experiments[@]}"; do
     began=$SECONDS status=0
     RESULTS=$results/$experiment MICO_RESULTS=$results/shared bash "$root/pipelines/$experiment.sh" --smoke \
-        >"$results/$experiment.log" 2>&1 || status=$?
+        >"$results/$experiment.log" 2>&1 &
+    workers=($!)
+    wait "${workers[@]}" || status=$?
     case $status in 0 | 130 | 143) ;; *) broken=$((broken + 1)) && tail -n 20 "$results/$experiment.log" >&2 ;; esac
     times+=("$(printf '%5d s  status %d  %s' $((SECONDS - began)) "$status" "$experiment")")
     note "${times[-1]}"

@@ -307,6 +307,27 @@ def test_ctrl_c_ends_the_arm_too(shell: Shell, number: int, status: int) -> None
         os.killpg(process.pid, 0)
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_smoke_run_leaves_no_experiment_behind(shell: Shell, number: int, status: int) -> None:
+    process = shell.start("smoke.sh", "quick_test", "k_sweep", HANG="enhanced", JOBS="1")
+    until(lambda: any(what == "hanging" for what, *_ in shell.record()), process)
+    process.send_signal(number)
+    process.communicate(timeout=120)
+    assert process.returncode == status
+    assert [what for what, *_ in shell.record()] == ["done", "hanging", "terminated"]
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def test_smoke_tells_the_time_of_each_and_what_failed(shell: Shell) -> None:
+    found = shell.run("smoke.sh", "quick_test", "k_sweep", FAIL="n-groups-10", JOBS="2")
+    assert found.returncode == 2
+    assert [line.split("s  ")[1] for line in found.stdout.splitlines()] == [
+        "status 0  quick_test", "status 2  k_sweep", "1 of 2 failed",
+    ]  # fmt: skip
+    assert "FAILED tiny-llama-mi-n-groups-10-seed0 (status 2)" in found.stderr
+
+
 @pytest.mark.slow
 def test_a_killed_sweep_repeats_no_finished_arm(shell: Shell) -> None:
     """With the compressions of mico itself on a model of two layers."""
