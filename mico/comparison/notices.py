@@ -23,6 +23,7 @@ def notices(arms: Sequence[Arm], records: list[dict[str, Any]], base: str, texts
         *_bits(records, base),
         *_texts(texts),
         *_divergence(arms, texts),
+        *_evaluations(arms),
         *_models(arms),
         *_calibration(arms),
         *_seeds(arms),
@@ -64,6 +65,19 @@ def _divergence(arms: Sequence[Arm], texts: Labels) -> Iterator[str]:
         if len(counts) > 1:
             told = ", ".join(f"{count:,}" for count in sorted(counts))
             yield f"the KL divergence of {text} is not over the same tokens: {told}"
+
+
+def _evaluations(arms: Sequence[Arm]) -> Iterator[str]:
+    """What `mico eval` found depends a little on the precision that it ran in, and KL on the dense model."""
+    blocks = [(run.evaluation or {}).get("mico", {}) for arm in arms for run in arm.runs]
+    for name in ("dtype", "device"):
+        values = sorted({str(block[name]) for block in blocks if name in block})
+        if len(values) > 1:
+            yield f"mico eval did not measure all runs with one {name}: {', '.join(values)}"
+    dense = [block["dense"] for block in blocks if isinstance(block.get("dense"), dict)]
+    bases = {one.get("fingerprint"): str(one.get("model")) for one in dense}
+    if len(bases) > 1 and len({arm.options["model"] for arm in arms}) == 1:
+        yield f"mico eval did not compare all runs with one dense model: {', '.join(sorted(bases.values()))}"
 
 
 def _models(arms: Sequence[Arm]) -> Iterator[str]:

@@ -97,6 +97,20 @@ def test_everything_else_that_differs_is_told() -> None:
     assert "runs/mi-0: resumed after 4 blocks" in notices([resumed]) and "torch: there 1" in notices([resumed])
 
 
+def test_evaluations_that_were_not_alike_are_told() -> None:
+    def evaluated(arm: str, **block: Any) -> Run:
+        dense = dict(model="base", fingerprint="d" * 64)
+        return made(arm, evaluation={"results": {}, "mico": dict(dtype="float32", device="cpu", dense=dense) | block})
+
+    assert "mico eval" not in notices([evaluated("mi"), evaluated("original"), made("enhanced")])
+    half = [evaluated("mi"), evaluated("original", dtype="bfloat16")]
+    assert "mico eval did not measure all runs with one dtype: bfloat16, float32" in notices(half)
+    other = [evaluated("mi"), evaluated("original", dense=dict(model="other", fingerprint="e" * 64))]
+    assert "mico eval did not compare all runs with one dense model: base, other" in notices(other)
+    alone = [evaluated("mi"), evaluated("original", dense=None)]
+    assert "dense model" not in notices(alone)
+
+
 def test_other_versions_make_other_arms() -> None:
     newer = made(seed=1, environment=ENVIRONMENT | dict(mico="0.2.0"))
     assert [arm["name"] for arm in compare([made(), newer])["arms"]] == [
