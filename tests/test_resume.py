@@ -17,6 +17,7 @@ import pytest
 
 from mico.files import sha256_file
 from tests.tiny import save_model
+from tests.workspace import make_texts
 
 KILLS = int(os.environ.get("MICO_KILLS", "2"))
 
@@ -28,8 +29,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def command(model: str, folder: Path) -> list[str]:
-    small = [] if "MICO_KILL_MODEL" in os.environ else ["--nsamples", "16", "--seqlen", "64", "--calib", "docs"]
-    return [sys.executable, "-m", "mico", "compress", model, "--eval", "docs", "--save", str(folder / "run"), *small]
+    texts = folder.parent / "texts"
+    small = [
+        "--nsamples",
+        "16",
+        "--seqlen",
+        "64",
+        "--calib",
+        "wikitext2",
+        "--eval",
+        "wikitext2",
+        "--data-dir",
+        str(texts),
+    ]
+    chosen = ["--eval", "docs"] if "MICO_KILL_MODEL" in os.environ else small
+    return [sys.executable, "-m", "mico", "compress", model, "--save", str(folder / "run"), *chosen]
 
 
 def start(model: str, folder: Path) -> subprocess.Popen[str]:
@@ -51,6 +65,7 @@ def written(folder: Path) -> int:
 
 
 def test_sigkill_at_random_moments_ends_with_the_same_bytes(model: str, tmp_path: Path) -> None:
+    make_texts(tmp_path / "texts")
     whole = tmp_path / "whole"
     process = start(model, whole)
     output, _ = process.communicate(timeout=600)
