@@ -195,7 +195,7 @@ PYTHON
 run_arm() {
     local name=${names[$1]} status=0 began=$SECONDS words
     eval "words=(${commands[$1]})"
-    if [ "${words[0]}" = compress ] && is_finished "$results/$name" "${words[@]}"; then
+    if [[ ${words[0]} =~ ^(compress|finetune)$ ]] && is_finished "$results/$name" "${words[@]}"; then
         note "$name: finished before by the same command, skipped"
         echo skipped >"$state/$1"
         return

@@ -210,8 +210,17 @@ def test_smoke_takes_a_shipped_model_and_no_hub(shell: Shell, script: str) -> No
     *arms, _ = [words for _, _, _, _, words in shell.record()]
     assert {words[1] for words in arms} <= {"tiny-llama", "tiny-opt"} and all("--offline" in words for words in arms)
     texts = {value(words, "--data-dir") for words in arms}
-    assert {value(words, "--eval") for words in arms} == {"wikitext2"} and value(arms[0], "--calib") == "docs"
+    assert {value(words, "--eval") for words in arms} == {"wikitext2"}
+    assert arms[0][0] == "finetune" or value(arms[0], "--calib") == "docs"
     assert (Path(texts.pop()) / "wikitext2" / "test.txt").stat().st_size > 10_000
+
+
+def test_training_takes_every_width(shell: Shell) -> None:
+    found = shell.run("paretoq_minicpm4.sh", "--train-file=text.jsonl", "--kd", W_BITS="2 1.58")
+    assert found.returncode == 0, found.stderr
+    *arms, report = [words for _, _, _, _, words in shell.record()]
+    assert [words[:4] for words in arms] == [["finetune", "minicpm4-0.5b", "--w-bits", bits] for bits in ("2", "1.58")]
+    assert all("--kd" in words and "--train-file=text.jsonl" in words for words in arms) and report[0] == "report"
 
 
 def test_models_seeds_and_controls(shell: Shell) -> None:
