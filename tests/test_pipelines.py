@@ -41,7 +41,7 @@ def end(*_):
     tell("terminated")
     sys.exit(143)
 signal.signal(signal.SIGTERM, end)
-if words[0] != "compress":
+if words[0] not in ("compress", "finetune"):
     tell("done")
     sys.exit()
 folder = pathlib.Path(words[words.index("--save") + 1])
