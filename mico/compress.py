@@ -37,7 +37,7 @@ from mico.preflight import check_coverage, check_shapes
 from mico.runs import RunFolder, atomic_json
 from mico.runs import fingerprint as digest
 from mico.settings import Compression, Source, compression_of, record
-from mico.solve import Solver
+from mico.solve import Solver, model_size
 from mico.stages import Groups, Preparation, results_root
 from mico.summary import flat, write_markdown
 from mico.team import gather
@@ -321,25 +321,14 @@ class _Job:
             model=self.preparation.source.model, arm=self.arm, architecture=architecture,
             settings=record(self.settings), calibration=self.preparation.windows.describe(),
             identity=self.preparation.identity, protocol=PROTOCOL, dense=dense, compressed=compressed,
-            size=self._size(architecture, layers, rest), layers=layers, groups=diagnostics, fallbacks=fallbacks,
+            size=model_size(self.run.path / MODEL, architecture, layers, rest),
+            layers=layers, groups=diagnostics, fallbacks=fallbacks,
             heat_maps=stages.heat_maps(made, self.preparation.blocks()) if made is not None else [],
             seconds={name: round(value, 3) for name, value in self.console.so_far().items()},
             stage_peaks=dict(self.console.peaks), reused_seconds=self.console.reused, resumed_blocks=self.resumed,
             environment_changes=self.run.environment_changes,
             processes=solver.shares, peak_host_bytes=peak_host_bytes(), peak_device_bytes=_peak_device_bytes(),
             environment=self.run.environment, command=sys.argv, folder=str(self.run.path),
-        )  # fmt: skip
-
-    def _size(self, architecture: dict[str, Any], layers: list[dict[str, Any]], rest: int) -> dict[str, Any]:
-        weights = sum(line["weights"] for line in layers)
-        kept, codes = sum(line["kept"] for line in layers), sum(line["stored"]["codes"] for line in layers)
-        stored = sum(sum(line["stored"].values()) for line in layers)
-        files = (self.run.path / MODEL).glob("*.safetensors")
-        return dict(
-            weights=weights, share_compressed=weights / architecture["parameters"], sparsity=1 - kept / weights,
-            nominal_bits=codes / kept, true_bits=stored / weights, stored_bits=stored,
-            packed_bytes=stored // 8 + rest, dense_bytes=2 * architecture["parameters"],
-            bytes=sum(file.stat().st_size for file in files),
         )  # fmt: skip
 
 

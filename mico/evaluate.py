@@ -6,7 +6,7 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -36,7 +36,7 @@ from mico.metrics.harness import check_tasks, run_tasks
 from mico.metrics.perplexity import (
     PROTOCOL,
     Observer,
-    Progress,
+    bar_steps,
     default_texts,
     evaluate_texts,
     evaluation_sets,
@@ -365,7 +365,7 @@ class _Job:
     def _measure(self, loaded: LoadedModel, label: str, observer: Observer | None) -> dict[str, dict[str, Any]]:
         total = sum(len(windows.ids_NT) for windows in self.sets.values())
         with self.console.stage("evaluate"), self.console.bar(label, total) as advance:
-            progress = _steps(advance, self.sets)
+            progress = bar_steps(advance)
             size = self.batch_size
             return evaluate_texts(loaded.model, self.sets, batch_size=size, progress=progress, observer=observer)
 
@@ -390,15 +390,3 @@ def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _steps(advance: Callable[[str], None], sets: Mapping[str, Windows]) -> Progress:
-    """Turn 'n windows of this text are done' into steps of one bar over all texts."""
-    seen = dict.fromkeys((windows.source.name for windows in sets.values()), 0)
-
-    def progress(name: str, done: int, count: int) -> None:
-        for _ in range(done - seen[name]):
-            advance(name)
-        seen[name] = done
-
-    return progress

@@ -28,12 +28,13 @@ from mico.metrics.pair import Pair
 from mico.metrics.perplexity import default_texts, evaluation_sets, parse_texts
 from mico.pages.run import write_run_page
 from mico.qat.corpus import Corpus, TokenWindows, read_corpus
-from mico.qat.modules import masks_of, quantize_linears
+from mico.qat.modules import masks_of, quantize_linears, stream_linears
 from mico.qat.recipe import Recipe
 from mico.qat.save import last_checkpoint, metrics_of, save_trained
 from mico.runs import REPORT, RunFolder
 from mico.runs import fingerprint as digest
 from mico.settings import PROTOCOLS, choose, record
+from mico.solve import model_size
 from mico.stages import results_root
 from mico.summary import flat, write_markdown
 
@@ -255,7 +256,7 @@ class _Job:
     def _prepared(self) -> Any:
         """The model with trainable QATLinears in place."""
         model, masks = self.loaded.model, self.masks
-        count = len(self.loaded.family.streams)
+        count = len(stream_linears(model, self.loaded.family))
         with self.console.stage("start"), self.console.bar("start of the steps", count) as advance:
             recipe = self.recipe
             quantize_linears(model, self.loaded.family, recipe.w_bits, recipe.group_size, recipe.init, masks, advance)
@@ -278,25 +279,16 @@ class _Job:
         self, run: RunFolder, architecture: dict[str, Any], dense: dict[str, Any], compressed: dict[str, Any],
         layers: list[dict[str, Any]], rest: int, results: dict[str, dict[str, Any]],
     ) -> dict[str, Any]:  # fmt: skip
-        settings = dict(method=self.method) | record(self.recipe) | dict(sparsity=0.0, pattern=None, grouping=None)
+        size = model_size(run.path / MODEL, architecture, layers, rest)
+        settings = dict(method=self.method) | record(self.recipe)
+        settings |= dict(sparsity=round(size["sparsity"], 4), pattern=None, grouping=None)  # of the mask that stays
         return dict(
             model=self.model, arm=None, architecture=architecture, settings=settings,
             calibration=self.corpus.describe(), identity=dict(seed=self.recipe.seed),
             protocol=PROTOCOLS[0], dense=dense, compressed=compressed, training=results,
-            size=_size(run, architecture, layers, rest), layers=layers, groups=[], fallbacks=[],
+            size=size, layers=layers, groups=[], fallbacks=[],
             seconds={name: round(value, 3) for name, value in self.console.so_far().items()},
             stage_peaks=dict(self.console.peaks), peak_host_bytes=peak_host_bytes(),
             peak_device_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
             environment=run.environment, command=sys.argv, folder=str(run.path),
         )  # fmt: skip
-
-
-def _size(run: RunFolder, architecture: dict[str, Any], layers: list[dict[str, Any]], rest: int) -> dict[str, Any]:
-    weights, kept = sum(line["weights"] for line in layers), sum(line["kept"] for line in layers)
-    stored = sum(sum(line["stored"].values()) for line in layers)
-    return dict(
-        weights=weights, share_compressed=weights / architecture["parameters"], sparsity=1 - kept / weights,
-        nominal_bits=sum(line["stored"]["codes"] for line in layers) / kept, true_bits=stored / weights,
-        stored_bits=stored, packed_bytes=stored // 8 + rest, dense_bytes=2 * architecture["parameters"],
-        bytes=sum(file.stat().st_size for file in (run.path / MODEL).glob("*.safetensors")),
-    )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -343,4 +344,16 @@ def weight_record(
         block=block, stream=stream, layer=name, rows=rows, channels=channels, weights=weights, kept=kept,
         sparsity=1 - kept / weights, sizes=sizes, bits=list(quantized.bits_G),
         nominal_bits=stored["codes"] / max(kept, 1), stored=stored, bits_per_weight=sum(stored.values()) / weights,
+    )  # fmt: skip
+
+
+def model_size(folder: Path, architecture: dict[str, Any], layers: list[dict[str, Any]], rest: int) -> dict[str, Any]:
+    """The size of a packed model by the records of its Linears; rest: bytes of all other tensors."""
+    weights, kept = sum(line["weights"] for line in layers), sum(line["kept"] for line in layers)
+    stored = sum(sum(line["stored"].values()) for line in layers)
+    return dict(
+        weights=weights, share_compressed=weights / architecture["parameters"], sparsity=1 - kept / weights,
+        nominal_bits=sum(line["stored"]["codes"] for line in layers) / kept, true_bits=stored / weights,
+        stored_bits=stored, packed_bytes=stored // 8 + rest, dense_bytes=2 * architecture["parameters"],
+        bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
     )  # fmt: skip

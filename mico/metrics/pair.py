@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from mico.console import Console
 from mico.data import Windows
 from mico.files import atomic_json, read_json
 from mico.metrics.divergence import DenseReference
-from mico.metrics.perplexity import evaluate_texts
+from mico.metrics.perplexity import bar_steps, evaluate_texts
 
 DENSE = "dense.json"  # perplexities of the dense model
 
@@ -64,17 +64,5 @@ class Pair:
         total = sum(len(windows.ids_NT) for windows in self._sets.values())
         with self._console.stage("evaluate"), self._console.bar(f"perplexity, {label}", total) as advance:
             return evaluate_texts(
-                model, self._sets, batch_size=self._batch_size, progress=_Steps(advance), observer=observer
+                model, self._sets, batch_size=self._batch_size, progress=bar_steps(advance), observer=observer
             )
-
-
-class _Steps:
-    """Turns `progress(text, done, total)` of the evaluation into steps of one bar."""
-
-    def __init__(self, advance: Callable[[str], None]) -> None:
-        self._advance, self._done = advance, dict[str, int]()
-
-    def __call__(self, text: str, done: int, _total: int) -> None:
-        for _ in range(done - self._done.get(text, 0)):
-            self._advance(text)
-        self._done[text] = done

@@ -269,3 +269,15 @@ def evaluate_texts(
             "batch_halvings": found.halvings,
         }
     return results
+
+
+def bar_steps(advance: Callable[[str], None]) -> Progress:
+    """Turn 'n windows of this text are done' into steps of one bar over all texts."""
+    seen: dict[str, int] = {}
+
+    def progress(name: str, done: int, _count: int) -> None:
+        for _ in range(done - seen.get(name, 0)):
+            advance(name)
+        seen[name] = done
+
+    return progress
