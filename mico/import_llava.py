@@ -21,7 +21,7 @@ from mico.callable import callable_module
 from mico.console import Console
 from mico.errors import UserError
 from mico.files import TEMPORARY, atomic_json, make_durable, read_json, sync_folder, writing
-from mico.loading.names import PROCESSOR_FILES, local_folder
+from mico.loading.names import IMAGE_FILES, local_folder
 from mico.loading.safety import check_folder, some, tensor_shapes, weight_map
 from mico.tables import Section, size_text
 
@@ -260,7 +260,7 @@ def _check(staging: Path, config: Any, source: str) -> None:
 def _write_processor(staging: Path, config: Any, tower: Path | None) -> None:
     """What prepares images and prompts: as the tower says, else as CLIP does at the size of the config."""
     vision, following = config.vision_config, config.model_type == "llava_next"
-    images = tower / PROCESSOR_FILES[0] if tower else None
+    images = tower / IMAGE_FILES[0] if tower else None
     described: dict[str, Any] = json.loads(images.read_text()) if images and images.is_file() else {}
     size = vision.image_size
     plain = dict(
@@ -275,10 +275,10 @@ def _write_processor(staging: Path, config: Any, tower: Path | None) -> None:
     if following:
         described["image_grid_pinpoints"] = config.image_grid_pinpoints
     name = "LlavaNextProcessor" if following else "LlavaProcessor"
-    atomic_json(staging / PROCESSOR_FILES[0], described | dict(processor_class=name))
+    atomic_json(staging / IMAGE_FILES[0], described | dict(processor_class=name))
     strategy = config.vision_feature_select_strategy
     atomic_json(
-        staging / PROCESSOR_FILES[1],
+        staging / IMAGE_FILES[1],
         dict(
             processor_class=name, image_token="<image>", patch_size=vision.patch_size,
             vision_feature_select_strategy=strategy, num_additional_image_tokens=1,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         quiet,
         stream_widths,
     )
+    from mico.loading.processor import load_processor
 
 __all__ = [
     "ALIASES",
@@ -42,6 +43,7 @@ __all__ = [
     "is_reference",
     "load_config",
     "load_model",
+    "load_processor",
     "load_tokenizer",
     "local_folder",
     "longest_text",
@@ -55,4 +57,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("mico.loading.model"), name)
+    module = "mico.loading.processor" if name == "load_processor" else "mico.loading.model"
+    return getattr(import_module(module), name)

@@ -28,7 +28,8 @@ ALIASES: dict[str, str] = {
     **{f"llava-1.5-{size}": f"llava-hf/llava-1.5-{size}-hf" for size in ("7b", "13b")},
 }
 _SMALL_PATTERNS = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json"]
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # of models that see images
+IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")  # of models that see images
+PROCESSOR_FILES = (*IMAGE_FILES, "chat_template.json", "chat_template.jinja")
 _SMALL_PATTERNS += ["added_tokens.json", "vocab.json", "merges.txt", "chat_template*", *PROCESSOR_FILES]
 _WEIGHT_PATTERNS = [WEIGHTS, INDEX, "model-*-of-*.safetensors"]  # not Mistral's second copy, consolidated.safetensors
 
