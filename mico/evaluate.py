@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,10 @@ from mico.loading import (
     pick_device,
     resolve,
 )
+from mico.metrics.asked import Tasks, check_options, task_names
 from mico.metrics.divergence import DenseReference
 from mico.metrics.generation import Prompt, continuations, cut_prompts
-from mico.metrics.harness import check_tasks, run_tasks
+from mico.metrics.harness import check_tasks
 from mico.metrics.perplexity import (
     PROTOCOL,
     Observer,
@@ -51,7 +51,6 @@ callable_module(__name__)
 MODEL = "model"  # inside a run folder
 RESULTS = "results.json"  # inside the output folder
 SAME = 4000  # characters of a text that two tokenizers must cut alike
-LM_EVAL = ("results", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "config")
 ELSEWHERE = ("tasks", "n-shot")  # of the report, at the top level of results.json
 
 
@@ -93,8 +92,8 @@ def evaluate(
     UserError before any weight is read when a text, a task, the model or an option is wrong.
     """
     console = console or Console()
-    chosen = _Tasks(_names(tasks), include_path, num_fewshot, limit, log_samples, batch_size, offline)
-    _check_options(batch_size, samples, chosen)
+    chosen = Tasks(task_names(tasks), include_path, num_fewshot, limit, log_samples, batch_size, offline)
+    check_options(batch_size, samples, chosen)
     if json is not None:
         check_writable("--json", json)
     output = _output_folder(model, output_path)
@@ -145,30 +144,6 @@ def evaluate(
 
 
 # --- what is asked for ----------------------------------------------------------------------------------------------
-
-
-def _names(tasks: str | Sequence[str] | None) -> tuple[str, ...]:
-    """'a, b' -> ('a', 'b')."""
-    if tasks is None:
-        return ()
-    names = tuple(name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks) if name.strip())
-    if not names:
-        raise UserError(f"--tasks '{tasks}': name at least one task of lm-eval, several with commas between them")
-    return tuple(dict.fromkeys(names))
-
-
-def _check_options(batch_size: int, samples: int, tasks: _Tasks) -> None:
-    if batch_size < 1:
-        raise UserError(f"--batch-size {batch_size}: must be at least 1")
-    for option, value in (("--samples", samples), ("--num-fewshot", tasks.num_fewshot or 0)):
-        if value < 0:
-            raise UserError(f"{option} {value}: must be at least 0")
-    if tasks.limit is not None and not 0 < tasks.limit < math.inf:
-        raise UserError(f"--limit {tasks.limit}: must be above 0: questions a task, or a share of them when below 1")
-    for option in ("include_path", "num_fewshot", "limit", "log_samples"):
-        given = getattr(tasks, option)
-        if given is not None and given is not False and not tasks.names:
-            raise UserError(f"--{option.replace('_', '-')} has no effect without --tasks: name tasks, or leave it out")
 
 
 def _check_texts(sets: Mapping[str, Windows], samples: int, base: Base | None) -> None:
@@ -226,33 +201,6 @@ def _chosen_texts(
         if isinstance(measured, Mapping) and measured and all(name in TEXTS for name in measured):
             return tuple(measured)
     return default_texts(is_reference(model), data_dir)
-
-
-# --- tasks of lm-eval -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Tasks:
-    """Which tasks, and how: as `run_tasks` takes them."""
-
-    names: tuple[str, ...]
-    include_path: str | None
-    num_fewshot: int | None
-    limit: float | None
-    log_samples: bool
-    batch_size: int
-    offline: bool
-
-    def run(self, loaded: LoadedModel, output: Path | None, console: Console) -> dict[str, Any]:
-        """lm-eval's dictionary of results; of the same shape, and empty, without tasks."""
-        if not self.names:
-            return {name: {} for name in LM_EVAL}
-        options = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "names"}
-        model, mark = loaded.model, loaded.fingerprint
-        with console.stage("tasks"):
-            return run_tasks(
-                model, loaded.tokenizer, self.names, output, model_fingerprint=mark, console=console, **options
-            )
 
 
 # --- the dense model ------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from mico.errors import UserError
 from mico.evaluate import evaluate
 from mico.loading import REFERENCE_DIR, fingerprint
 from mico.metrics import divergence
+from mico.metrics.asked import LM_EVAL
 from mico.metrics.sections import evaluation_sections
 from tests.tiny import CONTEXT, VOCABULARY, random_model, save_model, train_tokenizer
 from tests.workspace import workspace
@@ -432,7 +433,7 @@ def test_results_json_has_the_shape_of_lm_eval_and_ours(folder, moved, task_fold
     found = evaluate(str(moved), dense=str(folder), output_path=str(out), json=str(file), **options)
     assert json.loads(file.read_text()) == found
     results = json.loads((out / "results.json").read_text())
-    assert set(verb.LM_EVAL) <= set(results)
+    assert set(LM_EVAL) <= set(results)
     assert results["results"] == found["tasks"] and results["n-shot"] == found["n-shot"]
     assert results["versions"] == {"counting": 1.0} and results["higher_is_better"]["counting"] == {"acc": True}
     own = results["mico"]
@@ -457,7 +458,7 @@ def test_without_tasks_the_shape_is_the_same_and_empty(folder, data_dir, tmp_pat
     run = make_run(tmp_path / "run", folder, eval={"ptb": "a digest"})
     found = evaluate(str(run), data_dir=str(data_dir))
     results = json.loads((run / "eval" / "results.json").read_text())
-    assert {name: results[name] for name in verb.LM_EVAL} == {name: {} for name in verb.LM_EVAL}
+    assert {name: results[name] for name in LM_EVAL} == {name: {} for name in LM_EVAL}
     assert results["mico"]["perplexity"] == found["perplexity"]
 
 
