@@ -44,7 +44,7 @@ def continuations(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> list
     Decoded here and not by `generate` of transformers, which mixes in the sampling and penalties of the model's
     generation_config. Fewer tokens where the model takes no more.
     """
-    ends = _ends(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     found = [_greedy(model, prompt.ids_T, ends) for prompt in prompts]
     return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
 
@@ -63,7 +63,8 @@ def _greedy(model: Any, ids_T: torch.Tensor, ends: set[int]) -> list[int]:
     return found
 
 
-def _ends(model: Any, tokenizer: Any) -> set[int]:
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Ids that end a text: those the model's generation_config names, else the tokenizer's; none where nobody tells."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     named = tokenizer.eos_token_id if named is None else named
-    return set(named if isinstance(named, list) else [named])
+    return set(named if isinstance(named, list) else [] if named is None else [named])

@@ -1,0 +1,1 @@
+"""Suites of questions about images: one small file a suite, answered by one runner (docs/vision.md)."""
