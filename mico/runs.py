@@ -66,6 +66,7 @@ __all__ = [
 ]
 MANIFEST, LOCK, BLOCKS, LAYERS, REPORT = "manifest.json", ".lock", "blocks", "layers.jsonl", "report.json"
 EVALUATION = "eval"  # what mico eval found later, no output of the run
+TRAINING = "training"  # checkpoints of mico finetune, which a finished run no longer needs
 FORMAT, VERSION = "mico-run", 1
 _HEADER = "mico"  # the one metadata key of a block file
 
@@ -267,7 +268,7 @@ class RunFolder:
     def _output_names(self) -> list[str]:
         names = (file.relative_to(self.path) for file in self.path.rglob("*") if file.is_file())
         ours = (name for name in names if not any(part.startswith(".") for part in name.parts))
-        return sorted(name.as_posix() for name in ours if name.parts[0] not in (MANIFEST, BLOCKS, EVALUATION))
+        return sorted(name.as_posix() for name in ours if name.parts[0] not in (MANIFEST, BLOCKS, EVALUATION, TRAINING))
 
     @functools.cached_property
     def damaged(self) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +15,12 @@ from torch.utils.data import Dataset
 from mico.data import DataError, TextSource, load_text
 from mico.errors import UserError
 
+_DOCUMENTS = 1000  # tokenized at a time
+
 
 @dataclass(frozen=True)
 class Corpus:
-    """Windows to train on and to evaluate on, and where they come from.
+    """Windows (int32) to train on and to evaluate on, and where they come from.
 
     dropped: tokens at the end that fill no window, of both.
     """
@@ -25,6 +29,12 @@ class Corpus:
     eval_NT: torch.Tensor
     sources: tuple[TextSource, ...]
     dropped: int
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """sha256 of the tokens of both parts."""
+        parts = dict(train=self.train_NT, eval=self.eval_NT)
+        return {name: hashlib.sha256(ids_NT.contiguous().numpy().data).hexdigest() for name, ids_NT in parts.items()}
 
     def describe(self) -> str:
         origins = " and ".join(dict.fromkeys(source.origin for source in self.sources))
@@ -44,7 +54,8 @@ class TokenWindows(Dataset):
         return len(self.ids_NT)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return dict(input_ids=self.ids_NT[index], labels=self.ids_NT[index])
+        ids_T = self.ids_NT[index].long()
+        return dict(input_ids=ids_T, labels=ids_T)
 
 
 def read_corpus(
@@ -92,8 +103,13 @@ def _shuffled(documents: Sequence[str], seed: int) -> list[str]:
 def _pack(documents: Sequence[str], tokenizer: Any, seqlen: int) -> tuple[torch.Tensor, int]:
     """(windows (N, T), tokens dropped): every document is followed by the end-of-text token where there is one."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids: list[int] = []
-    for encoded in tokenizer(list(documents), add_special_tokens=False, verbose=False).input_ids:
-        ids += [*encoded, *end]
+    ids = array("i")  # 4 bytes a token, and some documents at a time: a corpus has more tokens than memory has lists
+    for first in range(0, len(documents), _DOCUMENTS):
+        some = list(documents[first : first + _DOCUMENTS])
+        for encoded in tokenizer(some, add_special_tokens=False, verbose=False).input_ids:
+            ids.extend(encoded)
+            ids.extend(end)
     count = len(ids) // seqlen
-    return torch.tensor(ids[: count * seqlen]).view(count, seqlen), len(ids) - count * seqlen
+    if not count:
+        return torch.empty(0, seqlen, dtype=torch.int32), len(ids)
+    return torch.frombuffer(ids, dtype=torch.int32)[: count * seqlen].view(count, seqlen), len(ids) - count * seqlen

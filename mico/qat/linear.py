@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from mico.packed.grid import stored_shared
 from mico.packed.quantized import QuantizedWeight, equal_runs
-from mico.qat.paretoq import SMALLEST, STARTS, WIDTHS, by_group, quantize
+from mico.qat.paretoq import STARTS, WIDTHS, at_least_smallest, by_group, quantize
 
 
 class QATLinear(nn.Linear):
@@ -21,7 +21,8 @@ class QATLinear(nn.Linear):
 
     weight_scale is alpha of mico/qat/paretoq.py. The forward pass uses s = alpha / divisor rounded to what float16 and
     bfloat16 both hold, so that the packed model computes what was trained; the rounding passes gradients on.
-    keep_RC: weights that a mask leaves (None: all); the others are and stay exactly zero.
+    keep_RC: weights that a mask leaves (None: all); the others are and stay exactly zero. pattern: as that of a
+    QuantizedWeight, of a mask that keeps n of every m.
     """
 
     keep_RC: torch.Tensor | None
@@ -31,11 +32,12 @@ class QATLinear(nn.Linear):
         self.bits = bits
         self.weight_scale = nn.Parameter(torch.ones(out_features, groups, **where))
         self.register_buffer("keep_RC", None)
+        self.pattern: tuple[int, int] | None = None
 
     @classmethod
     def of(
         cls, linear: nn.Linear, bits: float, group_size: int | None = None, start: str = "mse",
-        keep_RC: torch.Tensor | None = None,
+        keep_RC: torch.Tensor | None = None, pattern: tuple[int, int] | None = None,
     ) -> QATLinear:  # fmt: skip
         """A QATLinear that starts at the weight of `linear`. Raises ValueError where groups do not divide a row."""
         channels = linear.in_features
@@ -46,7 +48,7 @@ class QATLinear(nn.Linear):
         weight_RC = linear.weight.detach().float()
         if keep_RC is not None:
             weight_RC = weight_RC * keep_RC
-            made.keep_RC = keep_RC.bool()
+            made.keep_RC, made.pattern = keep_RC.bool(), pattern
         made.weight = nn.Parameter(weight_RC)
         made.weight_scale = nn.Parameter(STARTS[start](weight_RC, bits, groups, keep_RC))
         made.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float())
@@ -55,7 +57,7 @@ class QATLinear(nn.Linear):
     def stored_alpha(self) -> torch.Tensor:
         """alpha (R, G) as the packed form holds it: s = alpha / divisor in 16 bits. Straight-through."""
         divisor = WIDTHS[self.bits].divisor
-        alpha_RG = self.weight_scale.clamp_min(SMALLEST)
+        alpha_RG = at_least_smallest(self.weight_scale)
         rounded_RG = stored_shared(alpha_RG.detach() / divisor) * divisor
         return alpha_RG + (rounded_RG - alpha_RG).detach()
 
@@ -89,7 +91,8 @@ class QATLinear(nn.Linear):
             codes_RC = codes_RC * self.keep_RC
         label_C = equal_runs(self.in_features, groups).to(codes_RC.device)
         half_RG = scale_RG.to(torch.float16)
-        return QuantizedWeight(codes_RC, half_RG, None, zero_1G, (self.bits,) * groups, label_C, self.keep_RC)
+        widths = (self.bits,) * groups
+        return QuantizedWeight(codes_RC, half_RG, None, zero_1G, widths, label_C, self.keep_RC, self.pattern)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, groups={self.weight_scale.shape[1]}"

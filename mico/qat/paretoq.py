@@ -83,9 +83,26 @@ WIDTHS = {
 def quantize(weight_RC: torch.Tensor, alpha_RG: torch.Tensor, bits: float) -> torch.Tensor:
     """The dequantized weight, (R, C), differentiable in both arguments by the table above.
 
-    C must be a multiple of G. alpha below SMALLEST counts as SMALLEST, and then gets no gradient.
+    C must be a multiple of G. alpha below SMALLEST counts as SMALLEST, and its gradient passes if it makes it larger.
     """
-    return _Quantize.apply(weight_RC, alpha_RG.clamp_min(SMALLEST), WIDTHS[bits])
+    return _Quantize.apply(weight_RC, at_least_smallest(alpha_RG), WIDTHS[bits])
+
+
+def at_least_smallest(alpha_RG: torch.Tensor) -> torch.Tensor:
+    """alpha as it is used. A step of the optimizer can leap below SMALLEST: it must be able to come back."""
+    return _AtLeastSmallest.apply(alpha_RG)
+
+
+class _AtLeastSmallest(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, alpha_RG: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(alpha_RG < SMALLEST)
+        return alpha_RG.clamp_min(SMALLEST)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        (below_RG,) = ctx.saved_tensors
+        return torch.where(below_RG, gradients[0].clamp_max(0), gradients[0])
 
 
 class _Quantize(torch.autograd.Function):

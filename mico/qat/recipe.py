@@ -1,8 +1,10 @@
-"""How a model is trained: the options of `mico finetune` as a validated record, and as arguments of the Trainer."""
+"""How a model is trained: options of `mico finetune` as validated records, and as arguments of the Trainer."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,32 +15,37 @@ from mico.qat.paretoq import STARTS, WIDTHS
 from mico.settings import choose
 
 TRACKERS = ("tensorboard", "wandb", "none")
+SCHEDULES = (
+    "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt",
+)  # fmt: skip
 FEW_BITS_RATE, MORE_BITS_RATE = 2e-5, 1e-5  # of the paper, at 1 to 2 bits and at 3 and 4
 SCALE_RATE = 1.0  # of a step's learning rate to that of the weights
+PATIENCE = 24 * 3600  # seconds that processes wait for the first, which measures the dense model before it joins them
+WATCHING = ("report_to",)  # options that change nothing of what comes out
+_COUNTS = (
+    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps",
+    "save_steps",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Options of quantization-aware training; None means the default that a property below gives.
+def processes() -> int:
+    """How many processes train together, as torchrun and accelerate tell them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
-    w_bits: 1, 1.58, 2, 3 or 4. kd_weight: share of the divergence from the dense model in the loss.
-    """
 
-    w_bits: float = 4
-    group_size: int | None = None
-    init: str = "mse"
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Options of every method: schedule, batches, precision, devices, log. None: the default that a property gives."""
+
     num_train_epochs: float = 1.0
     max_steps: int | None = None
     learning_rate: float | None = None
-    scale_learning_rate: float | None = None
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 1
-    kd: bool = False
-    kd_weight: float = 1.0
     bf16: bool = False
     gradient_checkpointing: bool = False
     logging_steps: int = 10
@@ -50,19 +57,13 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.w_bits not in WIDTHS:
-            raise UserError(f"--w-bits {self.w_bits:g}: choose from {', '.join(f'{bits:g}' for bits in WIDTHS)}")
-        choose("--init", self.init, tuple(STARTS))
-        for option in ("group_size", "max_steps", "eval_steps"):
-            self._at_least_one(option)
-        for option in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
-            self._at_least_one(option)
-        for option in ("learning_rate", "scale_learning_rate", "num_train_epochs"):
-            value = getattr(self, option)
-            if value is not None and not value > 0:
-                raise UserError(f"--{option.replace('_', '-')} {value}: must be above 0")
-        if not 0 <= self.kd_weight <= 1:
-            raise UserError(f"--kd-weight {self.kd_weight}: must be from 0 to 1")
+        for option in _COUNTS:
+            self._must_be(option, lambda value: value >= 1, "at least 1")
+        for option in ("learning_rate", "num_train_epochs"):
+            self._must_be(option, lambda value: 0 < value < math.inf, "above 0")
+        for option in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):
+            self._must_be(option, lambda value: 0 <= value < math.inf, "0 or more")
+        choose("--lr-scheduler-type", self.lr_scheduler_type, SCHEDULES)
         if self.deepspeed is not None and not Path(self.deepspeed).is_file():
             raise UserError(f"--deepspeed {self.deepspeed}: no such file")
         if self.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
@@ -72,14 +73,77 @@ class Recipe:
             if name != "none" and importlib.util.find_spec(name) is None:
                 raise UserError(f"--report-to {name}: {name} is not installed: pip install 'mico[track]'")
 
-    def _at_least_one(self, option: str) -> None:
+    def _must_be(self, option: str, holds: Any, what: str) -> None:
         value = getattr(self, option)
-        if value is not None and value < 1:
-            raise UserError(f"--{option.replace('_', '-')} {value}: must be at least 1")
+        if value is not None and not holds(value):
+            raise UserError(f"--{option.replace('_', '-')} {value}: must be {what}")
 
     @property
     def trackers(self) -> list[str]:
         return [name.strip() for name in self.report_to.split(",") if name.strip()]
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the weights."""
+        return self.learning_rate or FEW_BITS_RATE
+
+    @property
+    def parted(self) -> bool:
+        """Whether each process is to hold a part of the model: asked for here, or of `accelerate launch`."""
+        launched = [os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() for name in ("DEEPSPEED", "FSDP")]
+        return self.deepspeed is not None or self.fsdp is not None or "true" in launched
+
+    def steps(self, windows: int) -> int:
+        """Optimizer steps over `windows` training windows."""
+        batch = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes()
+        return self.max_steps or max(1, math.ceil(self.num_train_epochs * windows / batch))
+
+    def arguments(self, folder: Path, quiet: bool, use_cpu: bool) -> Any:
+        """TrainingArguments of transformers, which writes its checkpoints into `folder`."""
+        from transformers import TrainingArguments
+
+        evaluates: Any = {} if self.eval_steps is None else dict(eval_strategy="steps", eval_steps=self.eval_steps)
+        try:
+            return TrainingArguments(
+                output_dir=str(folder), run_name=folder.parent.name, use_cpu=use_cpu, disable_tqdm=quiet,
+                num_train_epochs=self.num_train_epochs, max_steps=self.max_steps or -1, learning_rate=self.rate,
+                lr_scheduler_type=self.lr_scheduler_type, warmup_steps=self.warmup_steps,
+                weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm,
+                per_device_train_batch_size=self.per_device_train_batch_size,
+                per_device_eval_batch_size=self.per_device_train_batch_size,
+                gradient_accumulation_steps=self.gradient_accumulation_steps, bf16=self.bf16,
+                gradient_checkpointing=self.gradient_checkpointing, logging_steps=self.logging_steps,
+                logging_nan_inf_filter=False, save_steps=self.save_steps, save_total_limit=2,
+                deepspeed=self.deepspeed, fsdp=self.fsdp, ddp_timeout=PATIENCE, report_to=self.trackers or ["none"],
+                seed=self.seed, data_seed=self.seed, remove_unused_columns=False, label_names=["labels"],
+                dataloader_pin_memory=not use_cpu, **evaluates,
+            )  # fmt: skip
+        except (ValueError, ImportError) as error:  # of an option that transformers alone can judge
+            raise UserError(f"these options of training do not go together: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Training):
+    """Options of ParetoQ.
+
+    w_bits: 1, 1.58, 2, 3 or 4. kd_weight: share of the divergence from the dense model in the loss.
+    """
+
+    w_bits: float = 4
+    group_size: int | None = None
+    init: str = "mse"
+    scale_learning_rate: float | None = None
+    kd: bool = False
+    kd_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.w_bits not in WIDTHS:
+            raise UserError(f"--w-bits {self.w_bits:g}: choose from {', '.join(f'{bits:g}' for bits in WIDTHS)}")
+        choose("--init", self.init, tuple(STARTS))
+        super().__post_init__()
+        self._must_be("group_size", lambda value: value >= 1, "at least 1")
+        self._must_be("scale_learning_rate", lambda value: 0 < value < math.inf, "above 0")
+        self._must_be("kd_weight", lambda value: 0 <= value <= 1, "from 0 to 1")
 
     @property
     def rate(self) -> float:
@@ -90,24 +154,6 @@ class Recipe:
     def scale_rate(self) -> float:
         """Learning rate of the steps."""
         return self.scale_learning_rate or SCALE_RATE * self.rate
-
-    def arguments(self, folder: Path, quiet: bool, use_cpu: bool) -> Any:
-        """TrainingArguments of transformers, which writes its checkpoints into `folder`."""
-        from transformers import TrainingArguments
-
-        evaluates: Any = {} if self.eval_steps is None else dict(eval_strategy="steps", eval_steps=self.eval_steps)
-        return TrainingArguments(
-            output_dir=str(folder), run_name=folder.parent.name, use_cpu=use_cpu, disable_tqdm=quiet,
-            num_train_epochs=self.num_train_epochs, max_steps=self.max_steps or -1, learning_rate=self.rate,
-            lr_scheduler_type=self.lr_scheduler_type, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay,
-            max_grad_norm=self.max_grad_norm, per_device_train_batch_size=self.per_device_train_batch_size,
-            per_device_eval_batch_size=self.per_device_train_batch_size,
-            gradient_accumulation_steps=self.gradient_accumulation_steps, bf16=self.bf16,
-            gradient_checkpointing=self.gradient_checkpointing, logging_steps=self.logging_steps,
-            save_steps=self.save_steps, save_total_limit=2, deepspeed=self.deepspeed, fsdp=self.fsdp,
-            report_to=self.trackers or ["none"], seed=self.seed, data_seed=self.seed, remove_unused_columns=False,
-            label_names=["labels"], dataloader_pin_memory=not use_cpu, **evaluates,
-        )  # fmt: skip
 
 
 def bits_of(text: str) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,26 +16,6 @@ from mico.qat.linear import QATLinear
 from mico.qat.modules import put_module, qat_modules
 from mico.runs import RunFolder
 from mico.solve import weight_record
-
-STATE = "trainer_state.json"  # the last file of a checkpoint that Trainer writes
-
-
-def last_checkpoint(folder: Path) -> tuple[str, dict[str, Any]] | None:
-    """The newest checkpoint of Trainer in `folder` that is whole, with its state; one cut short is passed over."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2]))
-    for path in found:
-        try:
-            return str(path), json.loads((path / STATE).read_text())
-        except (OSError, ValueError):
-            continue
-    return None
-
-
-def metrics_of(state: dict[str, Any]) -> dict[str, Any]:
-    """What Trainer reports of a training, from the state of its last checkpoint: all its steps were done before."""
-    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-    mean = sum(losses) / len(losses) if losses else None
-    return dict(train_loss=mean, epoch=state["epoch"], train_runtime=0.0, train_steps=state["global_step"])
 
 
 @torch.no_grad()

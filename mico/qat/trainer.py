@@ -15,17 +15,31 @@ from torch.nn import functional
 from transformers import Trainer, TrainerCallback
 
 from mico.console import Console
-from mico.files import atomic_json
+from mico.errors import UserError
+from mico.files import atomic_json, make_durable
 
 _CHUNK = 1024  # rows of logits turned to float32 at a time
 
 
 class QATTrainer(Trainer):
-    """Trainer whose step sizes (weight_scale) have a learning rate of their own, and no weight decay."""
+    """Trainer whose step sizes (weight_scale) have a learning rate of their own, and no weight decay.
+
+    It ends at the first loss that is no number.
+    """
 
     def __init__(self, *args: Any, scale_learning_rate: float, **more: Any) -> None:
         super().__init__(*args, **more)
         self.scale_learning_rate = scale_learning_rate
+
+    def training_step(self, *args: Any, **more: Any) -> torch.Tensor:
+        """One batch forward and backward. Raises UserError where its loss is infinite or no number."""
+        loss = super().training_step(*args, **more)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"step {self.state.global_step + 1:,}: the loss is {loss.item():g}: lower --learning-rate "
+                f"{self.args.learning_rate:g} or --scale-learning-rate {self.scale_learning_rate:g}"
+            )
+        return loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer that the arguments ask for, with the steps in a group of their own."""
@@ -52,10 +66,18 @@ class QATTrainer(Trainer):
 
 
 class Log(TrainerCallback):
-    """Says one line at every step that is logged."""
+    """Says one line at every step that is logged, to which it adds those of the checkpoints and the last.
+
+    The mean loss of a training that goes on from a checkpoint is then that of all its steps.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Have a step logged before its checkpoint is written."""
+        if state.global_step % state.save_steps == 0 or state.global_step >= state.max_steps:
+            control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Loss and learning rate, from the first process alone."""
@@ -81,6 +103,26 @@ class Start(TrainerCallback):
         """Write the metrics of step 0, from the first process alone."""
         if state.global_step == 0 and state.is_world_process_zero:
             atomic_json(self.file, with_perplexity(kwargs["metrics"]))
+
+
+class Whole(TrainerCallback):
+    """Makes a checkpoint durable and writes the sizes of its files beside them, when all processes have written theirs.
+
+    A kill or a power failure then leaves no checkpoint that only looks whole.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the last file of a checkpoint."""
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != self.name]
+            make_durable(folder, files)
+            atomic_json(folder / self.name, {str(file.relative_to(folder)): file.stat().st_size for file in files})
 
 
 def with_perplexity(metrics: dict[str, Any]) -> dict[str, Any]:
