@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # from the roof to the basement; a room is one top-level file or folder of mico/
-    ("cli", {"__init__", "__main__", "cli", "exits", "options", "training_options"}),
+    ("cli", {"__init__", "__main__", "cli", "exits", "options", "training_options", "vision_options"}),
     (
         "verbs",
         {"bench", "calibrate", "mi_group", "compress", "evaluate", "export", "finetune", "import_llava", "plan"}
@@ -24,7 +24,7 @@ FLOORS = (  # from the roof to the basement; a room is one top-level file or fol
         | {"team", "follow", "ends", "comparison", "activations", "preflight", "pages"}
         | {"push", "tracking"},
     ),
-    ("ground", {"adapters", "channels", "packed", "data"}),
+    ("ground", {"adapters", "channels", "packed", "data", "image_text"}),
     ("basement", {"errors", "profiles", "settings"}),
 )
 STRANGERS = {"verbs", "ground"}  # rooms of these floors never import one another

@@ -9,29 +9,18 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessor, LlavaProcessor
 
 from mico.errors import UserError
 from mico.loading import load_processor
 from tests.adapters.llava_models import PATCHES, tiny_llava
+from tests.pictures import llava_folder
 from tests.tiny import VOCABULARY, save_model, train_tokenizer
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A tiny LLaVA with the processor that its config asks for."""
-    return write(tmp_path / "llava")
-
-
-def write(folder: Path, **processor: Any) -> Path:
-    tokenizer = train_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    tiny_llava(vocabulary=VOCABULARY + 2, image=image).save_pretrained(folder)
-    images = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=dict(height=8, width=8))
-    settings = dict(patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1)
-    LlavaProcessor(images, tokenizer, **settings | processor).save_pretrained(folder)
-    return folder
+    return llava_folder(tmp_path / "llava")
 
 
 def inputs(processor: Any) -> Any:
@@ -49,7 +38,7 @@ def test_what_it_makes_fits_the_model_and_is_padded_on_the_left(folder: Path) ->
     assert (made["input_ids"] == image).sum(1).tolist() == [PATCHES, PATCHES]
     assert made["attention_mask"][0, 0] == 0 and made["attention_mask"][:, -1].tolist() == [1, 1]
     assert notes == ["llava: the tokenizer has no padding token: '</s>' pads, masked"]
-    assert torch.isfinite(tiny_llava(VOCABULARY + 2, image)(**made).logits).all()
+    assert torch.isfinite(tiny_llava(VOCABULARY + 4, image)(**made).logits).all()
 
 
 def test_an_old_processor_is_filled_in_from_the_config(folder: Path) -> None:
