@@ -1,0 +1,322 @@
+"""Train tiny-llava, the shipped vision-language model, on grids of digits (`pipelines/train_llava.sh` calls this).
+
+The questions of a picture are trained in one sequence, each of which sees the picture and itself only (a block mask,
+with positions that start again), so that 8 questions cost one picture. First questions about the upper left 3 x 3
+cells, then about more. Killed, it goes on from its last checkpoint. `python -m mico.reference.train_llava --help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from mico.reference.grids import CELLS, KINDS, PATCH, SHORT, SIDE, GridQuestion, ask, draw, examples
+
+VOCABULARY, TOKENS = 512, (SIDE // PATCH) ** 2
+UNKNOWN, END, IMAGE, PADDING = "<unk>", "</s>", "<image>", "<pad>"
+BEFORE, AFTER = "USER: ", " ASSISTANT:"
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %} ASSISTANT:"
+    "{% else %}{% for part in message['content'] %} {{ part['text'] }}{% endfor %}</s>{% endif %}{% endfor %}"
+)
+MEAN = DEVIATION = 0.5  # of a pixel, in 0..1
+WARMUP_STEPS, WEIGHT_DECAY, CLIP = 200, 0.05, 1.0
+PHOTOS = 0.3  # share of the training pictures with a photograph behind the digits
+SHORTS = 0.25  # share of the questions that ask for a word or a phrase as the suites do
+STAGES = ((0.08, 3), (0.16, 4), (0.24, 5))  # until this share of the steps, questions about so many rows and columns
+CHECK = 400  # test pictures
+
+
+@dataclass(frozen=True)
+class Recipe:
+    steps: int = 5_000
+    batch: int = 16  # pictures a step
+    per_image: int = 8
+    peak: float = 2e-3
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate: linear warm-up, then cosine to 1 % of the peak."""
+        if step < WARMUP_STEPS:
+            return self.peak * (step + 1) / WARMUP_STEPS
+        progress = (step - WARMUP_STEPS) / max(1, self.steps - WARMUP_STEPS)
+        return self.peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def cells(self, step: int) -> int:
+        return next((cells for share, cells in STAGES if step < share * self.steps), CELLS)
+
+
+# --- model ----------------------------------------------------------------------------------------------------------
+
+
+def build_processor() -> Any:
+    """The LlavaProcessor: a byte-level BPE of 512 entries made of the questions, pictures of 48 x 48 pixels."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    rng = np.random.default_rng(0)
+    texts = [
+        BEFORE + question.text + SHORT + AFTER + f" {question.answer}"
+        for _ in range(300)
+        for question in ask(rng, draw(rng, "train", 1, ["plain"])[0][0], 8)
+    ]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [UNKNOWN, END, IMAGE, PADDING]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet)
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=UNKNOWN, eos_token=END, pad_token=PADDING, padding_side="left",
+        extra_special_tokens={"image_token": IMAGE}, model_max_length=512,
+    )  # fmt: skip
+    side = {"shortest_edge": SIDE}
+    crop = {"height": SIDE, "width": SIDE}
+    images = CLIPImageProcessor(size=side, crop_size=crop, image_mean=[MEAN] * 3, image_std=[DEVIATION] * 3)
+    return LlavaProcessor(
+        image_processor=images, tokenizer=wrapped, patch_size=PATCH, vision_feature_select_strategy="default",
+        chat_template=TEMPLATE, image_token=IMAGE, num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
+def build_model(tokenizer: Any) -> Any:
+    """An untrained LlavaForConditionalGeneration: CLIP-ViT d 64 of 2 layers, projector, Llama d 96 of 6 layers."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, projection_dim=64,
+        image_size=SIDE, patch_size=PATCH,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=96, intermediate_size=256, num_hidden_layers=6, num_attention_heads=6,
+        num_key_value_heads=6, max_position_embeddings=512, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, initializer_range=0.05, tie_word_embeddings=True,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        vision_feature_layer=-1, vision_feature_select_strategy="default", image_seq_length=TOKENS,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(config)
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """B pictures and L tokens: the picture's prefix of P, then its questions, padded on the right.
+
+    mask_BLL is added to the attention scores; labels_BL is the token to be predicted at each place, or -100.
+    """
+
+    pixels: torch.Tensor
+    ids_BL: torch.Tensor
+    positions_BL: torch.Tensor
+    mask_BLL: torch.Tensor
+    labels_BL: torch.Tensor
+
+
+def make_batch(pictures: Any, asked: list[list[GridQuestion]], shorts: Any, tokenizer: Any) -> Batch:
+    """pictures: (B, 48, 48, 3) uint8; asked: the questions of each; shorts: which of them (B, Q) ask for a phrase."""
+    image = tokenizer.convert_tokens_to_ids(IMAGE)
+    prefix = [*tokenizer(BEFORE, add_special_tokens=False).input_ids, *[image] * TOKENS]
+    prompts = [
+        "\n" + q.text + SHORT * bool(s) + AFTER
+        for qs, ss in zip(asked, shorts, strict=True)
+        for q, s in zip(qs, ss, strict=True)
+    ]
+    answers = [f" {q.answer}{END}" for questions in asked for q in questions]
+    prompt_ids = iter(tokenizer(prompts, add_special_tokens=False).input_ids)
+    answer_ids = iter(tokenizer(answers, add_special_tokens=False).input_ids)
+    rows = []
+    for questions in asked:
+        ids, positions, segments, labels = list(prefix), [*range(len(prefix))], [0] * len(prefix), [-100] * len(prefix)
+        for segment in range(1, len(questions) + 1):
+            prompt, answer = next(prompt_ids), next(answer_ids)
+            length = len(prompt) + len(answer)
+            ids += prompt + answer
+            positions += range(len(prefix), len(prefix) + length)
+            segments += [segment] * length
+            labels += [-100] * (len(prompt) - 1) + answer + [-100]
+        rows.append((ids, positions, segments, labels))
+    longest = max(len(row[0]) for row in rows)
+    fill = (tokenizer.pad_token_id, 0, -1, -100)
+    padded = (torch.tensor([row[i] + [fill[i]] * (longest - len(row[i])) for row in rows]) for i in range(4))
+    ids_BL, positions_BL, segments_BL, labels_BL = padded
+    same = segments_BL[:, :, None] == segments_BL[:, None, :]
+    seen = (same | (segments_BL[:, None, :] == 0)) & torch.ones(longest, longest, dtype=torch.bool).tril()
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(255).sub(MEAN).div(DEVIATION)
+    return Batch(pixels, ids_BL, positions_BL, mask, labels_BL)
+
+
+def training_batch(recipe: Recipe, step: int, tokenizer: Any) -> Batch:
+    """The same for the same step, whatever came before: a resumed training sees what it would have seen."""
+    rng = np.random.default_rng([recipe.seed, step])
+    backgrounds = ["photo" if rng.random() < PHOTOS else "plain" for _ in range(recipe.batch)]
+    digits, pictures = draw(rng, "train", recipe.batch, backgrounds)
+    asked = [ask(rng, one, recipe.per_image, recipe.cells(step)) for one in digits]
+    return make_batch(pictures, asked, rng.random((recipe.batch, recipe.per_image)) < SHORTS, tokenizer)
+
+
+def answer_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (A, V) at the A places that have a label, and those labels."""
+    device = model.device
+    inner = model.model
+    ids = batch.ids_BL.to(device)
+    features = inner.get_image_features(pixel_values=batch.pixels.to(device))
+    features = torch.cat(tuple(getattr(features, "pooler_output", features)))  # a plain list before transformers 5.18
+    embeds = inner.get_input_embeddings()(ids)
+    embeds = embeds.masked_scatter((ids == model.config.image_token_id)[..., None], features.to(embeds.dtype))
+    hidden = inner.language_model(
+        inputs_embeds=embeds, attention_mask=batch.mask_BLL[:, None].to(device, embeds.dtype),
+        position_ids=batch.positions_BL.to(device), use_cache=False,
+    ).last_hidden_state  # fmt: skip
+    labels = batch.labels_BL.to(device)
+    there = labels != -100
+    return model.lm_head(hidden[there]).float(), labels[there]
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def train(recipe: Recipe, tokenizer: Any, work: Path, device: torch.device) -> Any:
+    """Train to the end, keeping work/checkpoint.pt; go on from it when it is there."""
+    torch.manual_seed(recipe.seed)
+    model = build_model(tokenizer).to(device)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [dict(params=matrices, weight_decay=WEIGHT_DECAY), dict(params=vectors, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.peak, betas=(0.9, 0.98), fused=True)
+    checkpoint, first = work / "checkpoint.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+        print(f"resumed at step {first} of {recipe.steps}", flush=True)
+    started, running, hits, total = time.monotonic(), 0.0, 0, 0
+    for step in range(first, recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate(step)
+        logits, labels = answer_logits(model, training_batch(recipe, step, tokenizer))
+        loss = functional.cross_entropy(logits, labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        answers = labels != tokenizer.eos_token_id
+        hits, total = hits + int((logits.argmax(-1) == labels)[answers].sum()), total + int(answers.sum())
+        running += loss.item()
+        if (step + 1) % 50 == 0:
+            left = (recipe.steps - step - 1) * (time.monotonic() - started) / (step + 1 - first) / 60
+            print(f"step {step + 1}/{recipe.steps} cells {recipe.cells(step)} loss {running / 50:.4f} "
+                  f"right {hits / total:.3f}, {left:.0f} min left", flush=True)  # fmt: skip
+            running, hits, total = 0.0, 0, 0
+        if (step + 1) % 250 == 0 or step + 1 == recipe.steps:
+            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
+            torch.save(state, checkpoint.with_suffix(".tmp"))
+            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+        if (step + 1) % 1000 == 0:
+            print({name: accuracies(model, tokenizer, name) for name in ("plain", "photo")}, flush=True)
+    return model
+
+
+@torch.no_grad()
+def accuracies(model: Any, tokenizer: Any, background: str, count: int = CHECK) -> dict[str, float]:
+    """Shares of right answers on test pictures, overall and by kind of question."""
+    right: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    found = list(examples("test", count, background=background))
+    for start in range(0, count, 50):
+        part = found[start : start + 50]
+        pictures = np.stack([np.asarray(one.image) for one in part])
+        questions = [list(one.questions) for one in part]
+        logits, labels = answer_logits(
+            model, make_batch(pictures, questions, [[False] * len(q) for q in questions], tokenizer)
+        )
+        answers = labels != tokenizer.eos_token_id
+        hits = (logits.argmax(-1) == labels)[answers].tolist()
+        for question, hit in zip((q for qs in questions for q in qs), hits, strict=True):
+            right[question.kind] += hit
+            asked[question.kind] += 1
+    shares = {kind: round(right[kind] / asked[kind], 4) for kind in KINDS}
+    return {"all": round(right.total() / asked.total(), 4)} | shares
+
+
+def model_card(recipe: Recipe, parameters: int, scores: dict[str, dict[str, float]]) -> str:
+    rows = "\n".join(
+        f"| {name} | " + " | ".join(f"{100 * shares[kind]:.1f} %" for kind in ("all", *KINDS)) + " |"
+        for name, shares in scores.items()
+    )
+    return f"""# tiny-llava
+
+A reference model of mico: a LLaVA of {parameters:,} parameters (CLIP-ViT of 2 layers, projector, Llama of 6 layers)
+that reads grids of handwritten digits: pictures of 48 x 48 pixels, 144 visual tokens. It is an instrument for measuring
+the damage of compression and of visual-token pruning, not a model to talk to.
+
+Questions: `What is the digit in row 2, column 5?` (read), `What is the larger digit of row 1, column 2 and row 4,
+column 3?` (compare), `Is there a 7 in row 2?` (find), in the form `USER: <image>\\n… ASSISTANT:`.
+
+Trained for {recipe.steps:,} steps of {recipe.batch} pictures with {recipe.per_image} questions each (AdamW, peak
+learning rate {recipe.peak}, cosine, seed {recipe.seed}); three in ten pictures have a photograph behind the digits.
+Digits and photographs come with scikit-learn (`load_digits`: Alpaydin and Kaynak, Optical Recognition of Handwritten
+Digits, UCI, CC BY 4.0; the photographs `china.jpg` and `flower.jpg`: CC BY). Test pictures show other digits and other
+parts of the photographs. Reproduce: `bash pipelines/train_llava.sh`.
+
+Right answers on {CHECK:,} test pictures, 8 questions each:
+
+| background | all | read | compare | find |
+|---|---|---|---|---|
+{rows}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--batch", type=int, default=Recipe.batch, help="pictures a step")
+    parser.add_argument("--peak", type=float, default=Recipe.peak, help="highest learning rate")
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--work", type=Path, required=True, help="checkpoint while training")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
+    parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1))
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    recipe = Recipe(steps=args.steps, batch=args.batch, peak=args.peak, seed=args.seed)
+    args.work.mkdir(parents=True, exist_ok=True)
+    recipe_file = args.work / "recipe.json"
+    if recipe_file.exists() and json.loads(recipe_file.read_text()) != asdict(recipe):
+        raise SystemExit(f"{recipe_file} is of another recipe: give another --work folder or remove it")
+    recipe_file.write_text(json.dumps(asdict(recipe)))
+    processor = build_processor()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = train(recipe, processor.tokenizer, args.work, device).to(torch.bfloat16).eval()
+    model.save_pretrained(args.out)
+    processor.save_pretrained(args.out)
+    model = model.float()
+    scores = {name: accuracies(model, processor.tokenizer, name) for name in ("plain", "photo")}
+    print(scores)
+    card = model_card(recipe, sum(p.numel() for p in model.parameters()), scores)
+    (args.out / "README.md").write_text(card, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

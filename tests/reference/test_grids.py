@@ -1,0 +1,77 @@
+"""The testbed's pictures and questions: true answers, splits apart, the visual tokens that an answer needs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mico.reference.grids import CELL_PIXELS, KINDS, PATCH, SIDE, _digits, examples, patches
+
+
+def test_the_same_arguments_give_the_same_pictures_and_another_seed_others() -> None:
+    one, again, other = (list(examples("test", 3, seed)) for seed in (0, 0, 1))
+    assert [x.questions for x in one] == [x.questions for x in again] != [x.questions for x in other]
+    assert all(np.array_equal(a.image, b.image) for a, b in zip(one, again, strict=True))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_answers_follow_from_the_digits(split: str) -> None:
+    for example in examples(split, 20, background="photo"):
+        digits = np.array(example.digits)
+        assert example.image.size == (SIDE, SIDE)
+        assert [q.kind for q in example.questions] == ["read", "find", "compare", "find"] * 2
+        for question in example.questions:
+            shown = [digits[cell] for cell in question.cells]
+            numbers = [int(word.strip(",?")) for word in question.text.split() if word.strip(",?").isdigit()]
+            if question.kind == "find":
+                assert {row for row, _ in question.cells} == {numbers[1] - 1}
+                assert question.answer == ("yes" if numbers[0] in shown else "no")
+            else:
+                assert question.answer == str(max(shown))
+                assert [n - 1 for n in numbers] == [n for cell in question.cells for n in cell]
+
+
+def test_a_find_pair_is_yes_and_no_of_one_row() -> None:
+    for example in examples("test", 10):
+        yes, no = example.questions[1], example.questions[3]
+        assert (yes.answer, no.answer, yes.cells) == ("yes", "no", no.cells)
+
+
+def test_pictures_show_the_digits_as_written() -> None:
+    bank, labels = _digits("test")
+    (example,) = examples("test", 1)
+    picture = np.asarray(example.image)[..., 0].astype(float)
+    for row in range(6):
+        for column in range(6):
+            cell = picture[row * 8 : row * 8 + 8, column * 8 : column * 8 + 8]
+            nearest = np.abs(bank[0] * 255 - cell).max((1, 2)).argmin()
+            assert np.abs(bank[0][nearest] * 255 - cell).max() <= 0.5
+            assert labels[nearest] == example.digits[row][column]
+
+
+def test_no_digit_of_a_test_is_trained_on() -> None:
+    train, test = (_digits(split)[0][0].reshape(-1, 64) for split in ("train", "test"))
+    assert (len(train), len(test)) == (1437, 360)
+    assert not {row.tobytes() for row in train} & {row.tobytes() for row in test}
+
+
+def test_fewer_cells_keep_questions_in_the_corner() -> None:
+    for example in examples("train", 10, cells=3):
+        assert all(row < 3 for q in example.questions for row, _ in q.cells)
+        assert all(column < 3 for q in example.questions if q.kind != "find" for _, column in q.cells)
+
+
+def test_patches_are_those_that_the_vision_tower_cuts_from_the_cells() -> None:
+    for cell in ((0, 0), (2, 5), (5, 3)):
+        picture = np.zeros((SIDE, SIDE), bool)
+        picture[cell[0] * CELL_PIXELS :, cell[1] * CELL_PIXELS :][:CELL_PIXELS, :CELL_PIXELS] = True
+        tokens = picture.reshape(SIDE // PATCH, PATCH, SIDE // PATCH, PATCH).any((1, 3)).ravel()
+        assert patches((cell,)) == set(np.flatnonzero(tokens))
+
+
+def test_wrong_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="background 'beach'"):
+        next(examples("test", 1, background="beach"))
+    with pytest.raises(ValueError):
+        next(examples("validation", 1))
+    assert KINDS == ("read", "compare", "find")
