@@ -15,6 +15,7 @@ from rich.console import Console as RichConsole
 from mico import __version__
 from mico import options as o
 from mico import training_options as t
+from mico import vision_options as v
 from mico.errors import INTERRUPTED, ContractError, UserError
 from mico.exits import USAGE, explain, hyphens, quiet_libraries, terminable
 
@@ -225,12 +226,14 @@ def evaluate(
     data_file: o.EvalFile = None, seqlen: o.Seqlen = None, batch_size: o.BatchSize = 8, offline: o.Offline = False,
     trust_remote_code: o.TrustRemoteCode = False, dense: o.Dense = None, kl: o.Kl = None, tasks: o.Tasks = None,
     include_path: o.IncludePath = None, num_fewshot: o.NumFewshot = None, limit: o.Limit = None,
-    log_samples: o.LogSamples = False, samples: o.Samples = 0, device: o.Device = "auto", dtype: o.Dtype = "auto",
-    output_path: o.OutputPath = None, tensorboard: o.TensorBoard = None, wandb: o.WandB = None,
+    log_samples: o.LogSamples = False, samples: o.Samples = 0, suite: v.Suite = None, vlm_data: v.VlmData = None,
+    retain_tokens: v.RetainTokens = None, token_method: v.TokenMethod = None,
+    sparsevlm_version: v.SparseVlmVersion = None, adaptive: v.Adaptive = False, device: o.Device = "auto",
+    dtype: o.Dtype = "auto", output_path: o.OutputPath = None, tensorboard: o.TensorBoard = None, wandb: o.WandB = None,
     json: o.JsonFile = None, debug: o.Debug = False, verbose: o.Verbose = 0,
     quiet: o.Quiet = False,
 ) -> None:  # fmt: skip
-    """Measure a model or a run folder: perplexity, KL divergence to the dense model, tasks of lm-eval, samples."""
+    """Measure a model or a run folder: perplexity, KL divergence to the dense model, tasks of lm-eval, suites."""
     _before_imports(offline, quiet)
     from mico.evaluate import evaluate as run
     from mico.metrics.sections import evaluation_sections
@@ -239,8 +242,10 @@ def evaluate(
     result = run(
         model, eval=eval, protocol=protocol, data_dir=data_dir, data_file=data_file, seqlen=seqlen,
         batch_size=batch_size, dense=dense, kl=kl, tasks=tasks, include_path=include_path, num_fewshot=num_fewshot,
-        limit=limit, log_samples=log_samples, samples=samples, device=device, dtype=dtype, offline=offline,
-        trust_remote_code=trust_remote_code, output_path=output_path, tensorboard=tensorboard, wandb=wandb, json=json,
+        limit=limit, log_samples=log_samples, samples=samples, suite=suite, vlm_data=vlm_data,
+        retain_tokens=retain_tokens, token_method=token_method, sparsevlm_version=sparsevlm_version, adaptive=adaptive,
+        device=device, dtype=dtype, offline=offline, trust_remote_code=trust_remote_code, output_path=output_path,
+        tensorboard=tensorboard, wandb=wandb, json=json,
         console=_console(quiet, verbose),
     )  # fmt: skip
     print_sections(evaluation_sections(result), _output())

@@ -1,4 +1,4 @@
-"""Verb: a model measured by perplexity, distance to its dense model, tasks of lm-eval and samples (mico eval)."""
+"""Verb: a model measured by perplexity, distance to its dense model, tasks of lm-eval, suites and samples."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ from mico.metrics.perplexity import (
     protocol_line,
 )
 from mico.metrics.results import with_earlier
+from mico.metrics.vision.run import asked_suites
 from mico.runs import EVALUATION, MANIFEST, versions
 from mico.tracking import Tracking, evaluation_figures
 
@@ -71,6 +72,12 @@ def evaluate(
     limit: float | None = None,
     log_samples: bool = False,
     samples: int = 0,
+    suite: str | Sequence[str] | None = None,
+    vlm_data: str | None = None,
+    retain_tokens: int | None = None,
+    token_method: str | None = None,
+    sparsevlm_version: str | None = None,
+    adaptive: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     offline: bool = False,
@@ -83,17 +90,19 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure `model`: a hub id, an alias, a local folder, or a run folder of mico (its `model/`).
 
-    eval: names, 'wikitext2,ptb' or 'all'. None: no text when there are `tasks`, only `data_file` when there is one,
-    else the texts of the run for a run folder, else `default_texts`. A `data_file` given beside `eval` is measured too.
-    dense: the model to take the KL divergence to; None: the one that a run folder was made from. kl: False leaves it
-    out, True refuses to go on without it. samples: how many prompts the models go on with.
+    eval: names, 'wikitext2,ptb' or 'all'. None: no text when there are `tasks` or a `suite`, only `data_file` when
+    there is one, else the texts of the run for a run folder, else `default_texts`. A `data_file` given beside `eval` is
+    measured too. dense: the model to take the KL divergence to; None: the one that a run folder was made from. kl:
+    False leaves it out, True refuses to go on without it. samples: how many prompts the models go on with. suite: of
+    questions about images, those with files in `vlm_data`; retain_tokens and what follows: as
+    `mico.visual_tokens.enable` takes them.
     Returns plain JSON values, also written to `json`, and in lm-eval's shape to results.json in `output_path` (`eval/`
-    of a run folder when None): `perplexity` and `texts` by text, `dense`, `kl`, `tasks`, `samples`, `notes`. Raises
-    UserError before any weight is read when a text, a task, the model or an option is wrong.
+    of a run folder when None): `perplexity` and `texts` by text, `dense`, `kl`, `tasks`, `suites`, `samples`, `notes`.
+    Raises UserError before any weight is read when a text, a task, a suite, the model or an option is wrong.
     """
     console = console or Console()
     chosen = Tasks(task_names(tasks), include_path, num_fewshot, limit, log_samples, batch_size, offline)
-    check_options(batch_size, samples, chosen)
+    check_options(batch_size, samples, chosen, suite is not None)
     if json is not None:
         check_writable("--json", json)
     output = _output_folder(model, output_path)
@@ -103,10 +112,14 @@ def evaluate(
     folder = model_folder(model)
     hub = dict(offline=offline, trust_remote_code=trust_remote_code, packed=True)
     length = context_length(load_config(folder, **hub), seqlen)
+    suites = asked_suites(
+        suite, vlm_data, limit, batch_size, folder, dict(offline=offline, trust_remote_code=trust_remote_code),
+        retain_tokens=retain_tokens, token_method=token_method, sparsevlm_version=sparsevlm_version, adaptive=adaptive,
+    )  # fmt: skip
     base = _base(model, folder, dense, kl)
     sets = evaluation_sets(
         load_tokenizer(folder, **hub),
-        _chosen_texts(model, eval, data_dir, data_file, bool(chosen.names)),
+        _chosen_texts(model, eval, data_dir, data_file, bool(chosen.names or suites.questions)),
         seqlen=length,
         data_dir=data_dir,
         data_file=data_file,
@@ -130,6 +143,7 @@ def evaluate(
         with loaded.running():
             report |= job.compressed(loaded, against)
             found = chosen.run(loaded, output, console)
+            report["suites"] = suites.run(loaded, output, console)
         report |= {"tasks": found["results"], "n-shot": found["n-shot"], "notes": job.notes}
         report["seconds"] = round(time.monotonic() - started, 3)
         tracking.finish(evaluation_figures(report))
@@ -186,14 +200,14 @@ def _output_folder(model: str, output_path: str | None) -> Path | None:
 
 
 def _chosen_texts(
-    model: str, texts: str | Sequence[str] | None, data_dir: str | None, data_file: str | None, tasks: bool
+    model: str, texts: str | Sequence[str] | None, data_dir: str | None, data_file: str | None, others: bool
 ) -> tuple[str, ...]:
     if texts is not None:
         chosen = parse_texts(texts if isinstance(texts, str) else ",".join(texts))
-        if not chosen and data_file is None and not tasks:
-            raise UserError("--eval none: name a text to measure on, or give --data-file or --tasks")
+        if not chosen and data_file is None and not others:
+            raise UserError("--eval none: name a text to measure on, or give --data-file, --tasks or --suite")
         return chosen
-    if data_file is not None or tasks:
+    if data_file is not None or others:
         return ()
     run = Path(model).expanduser()
     if _is_run(run):

@@ -86,7 +86,7 @@ EvalTexts = Annotated[
     str | None,
     _option(
         _MEASURES, "--eval", help="Texts for perplexity, with commas: wikitext2,ptb,c4,docs; or all, or none.",
-        show_default="none with --tasks; else those of a run folder; else as mico compress",
+        show_default="none with --tasks or --suite; else those of a run folder; else as mico compress",
     ),
 ]  # fmt: skip
 Protocol = Annotated[
@@ -121,7 +121,8 @@ NumFewshot = Annotated[
     _option(_MEASURES, "--num-fewshot", metavar="N", help="Examples before a question.", show_default="the task's own"),
 ]
 Limit = Annotated[
-    float | None, _option(_MEASURES, "--limit", metavar="N", help="Questions a task, a share of them when below 1.")
+    float | None,
+    _option(_MEASURES, "--limit", metavar="N", help="Questions a task or suite, a share of them when below 1."),
 ]
 LogSamples = Annotated[bool, _option(_MEASURES, "--log-samples", help="Keep what tasks asked and what was answered.")]
 Samples = Annotated[

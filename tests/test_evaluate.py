@@ -371,7 +371,7 @@ def test_a_packed_folder_knows_its_dense_model(folder, moved, data_dir, tmp_path
         (dict(num_fewshot=0), "--num-fewshot has no effect without --tasks"),
         (dict(include_path="here"), "--include-path has no effect without --tasks"),
         (dict(tasks="mico_choice", log_samples=True), "--log-samples needs --output-path"),
-        (dict(eval="none"), "--eval none: name a text to measure on, or give --data-file or --tasks"),
+        (dict(eval="none"), "--eval none: name a text to measure on, or give --data-file, --tasks or --suite"),
     ],
 )
 def test_mistakes_about_measures_are_told_before_weights_are_read(folder, data_dir, options, message):

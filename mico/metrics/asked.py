@@ -50,7 +50,7 @@ class Tasks:
             )
 
 
-def check_options(batch_size: int, samples: int, tasks: Tasks) -> None:
+def check_options(batch_size: int, samples: int, tasks: Tasks, suites: bool) -> None:
     """Raise UserError naming the option whose value cannot be, or that does nothing."""
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: must be at least 1")
@@ -61,5 +61,7 @@ def check_options(batch_size: int, samples: int, tasks: Tasks) -> None:
         raise UserError(f"--limit {tasks.limit}: must be above 0: questions a task, or a share of them when below 1")
     for option in ("include_path", "num_fewshot", "limit", "log_samples"):
         given = getattr(tasks, option)
+        if option == "limit" and suites:
+            continue
         if given is not None and given is not False and not tasks.names:
             raise UserError(f"--{option.replace('_', '-')} has no effect without --tasks: name tasks, or leave it out")

@@ -8,6 +8,7 @@ from typing import Any
 from mico.console import Console
 from mico.errors import UserError
 from mico.files import read_json
+from mico.metrics.vision.run import merged
 
 SAME = ("fingerprint", "dtype")  # of the model, in an earlier call whose figures are kept
 
@@ -16,15 +17,17 @@ def with_earlier(file: Path, found: dict[str, Any], own: dict[str, Any], console
     """What is to be written to `file`: lm-eval's `found` and mico's `own`.
 
     A call that measures no text keeps those of an earlier call on the same model, and one that runs no task its tasks.
+    Suites are kept too, but those asked again with the same visual tokens and limit.
     """
     earlier = _earlier(file, own)
+    suites = merged(earlier["mico"].get("suites") or [], own["suites"])
     if not own["texts"] and earlier["mico"].get("texts"):
         own = earlier["mico"]
         console.note(f"eval: {file} keeps the texts of an earlier call")
     if not found["results"] and earlier.get("results"):
         found = {name: value for name, value in earlier.items() if name != "mico"}
         console.note(f"eval: {file} keeps the tasks of an earlier call")
-    return found | {"mico": own}
+    return found | {"mico": own | {"suites": suites}}
 
 
 def _earlier(file: Path, own: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from mico.metrics.vision.sections import suites_sections
 from mico.summary import divergence_cells, score_line
 from mico.tables import NOTHING, Section, duration_text, number, perplexity_text
 
@@ -15,6 +16,7 @@ def evaluation_sections(result: Result) -> list[Section]:
     """All that `evaluate` returns, in the order it is read; what was not asked for is left out."""
     found = [scores_section(result)] if result["texts"] else []
     found += [tasks_section(result)] if result["tasks"] else []
+    found += suites_sections(result["model"], result["suites"]) if result["suites"] else []
     found += [samples_section(result)] if result["samples"] else []
     ends = (*(f"note: {note}" for note in result["notes"]), _cost(result))
     return [*found, Section("Measured", lines=ends)]

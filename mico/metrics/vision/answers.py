@@ -16,7 +16,10 @@ from mico.errors import UserError
 from mico.files import writing
 
 FACTS = "asked_with"  # the field of the first line
-NEEDED = {"id": str, "text": str, "tokens": int, "cut": bool, "seconds": float, "visual_tokens": int}
+NEEDED: dict[str, type] = {
+    "id": str, "text": str, "tokens": int, "cut": bool, "seconds": float, "prompt_tokens": int, "visual_tokens": int,
+    "costs": dict,
+}  # fmt: skip
 
 
 class Answers:

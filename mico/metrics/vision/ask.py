@@ -22,6 +22,7 @@ from mico.metrics.generation import end_tokens
 from mico.metrics.vision.question import Question
 from mico.packed.linear import PackedLinear
 
+Costs = Callable[[list[int], list[int]], list[dict[str, float]]]
 NEW_TOKENS = 128  # at most, of an answer: what LLaVA's evaluation allows for short ones
 
 
@@ -64,12 +65,17 @@ def prompt_of(processor: Any, question: Question) -> str:
 
 @dataclass
 class Asker:
-    """A model with its processor, which pads on the left. halvings: of the batch, so far; name: what messages say."""
+    """A model with its processor, which pads on the left.
+
+    costs: of every prompt of the last batch, given its visual tokens and its tokens in all; halvings: of the batch, so
+    far; name: what messages say.
+    """
 
     model: Any
     processor: Any
     batch_size: int
     console: Console
+    costs: Costs
     new_tokens: int = NEW_TOKENS
     name: str = ""
     halvings: int = 0
@@ -135,11 +141,16 @@ class Asker:
         with _greedy(self.model, self.processor.tokenizer, min(self.new_tokens, room)):
             written_BT = self.model.generate(**inputs)[:, ids_BT.shape[1] :]
         seconds = (self._now() - started) / len(batch)
-        ends, visual = end_tokens(self.model, self.processor.tokenizer), self._visual_tokens(ids_BT)
+        ends = end_tokens(self.model, self.processor.tokenizer)
+        length, visual = inputs["attention_mask"].sum(1).tolist(), self._visual_tokens(ids_BT)
+        costs = self.costs(visual, length)
         return [
-            dict(id=question.id, **self._text(row_T.tolist(), ends), seconds=seconds, visual_tokens=seen)
-            for question, row_T, seen in zip(batch, written_BT, visual, strict=True)
-        ]
+            dict(
+                id=question.id, **self._text(row_T.tolist(), ends), seconds=seconds, prompt_tokens=tokens,
+                visual_tokens=seen, costs=cost,
+            )
+            for question, row_T, tokens, seen, cost in zip(batch, written_BT, length, visual, costs, strict=True)
+        ]  # fmt: skip
 
     def _inputs(self, batch: Sequence[Question]) -> Any:
         prompts = [prompt_of(self.processor, question) for question in batch]
