@@ -28,7 +28,7 @@ from tests.workspace import Workspace, workspace
 SOURCE = {
     "--calib": None, "--data-dir": None, "--data-file": None, "--nsamples": 128, "--seqlen": None, "--batch-size": 8,
     "--seed": 0, "--offline": False, "--trust-remote-code": False, "--device": "auto", "--dtype": "auto",
-    "--stream --no-stream": None,
+    "--stream --no-stream": None, "--image-folder": None, "--compress-vision": False, "--compress-projector": False,
 }  # fmt: skip
 RUN = {"--debug": False, "--verbose -v": 0, "--quiet -q": False}
 GROUPS = {
@@ -58,6 +58,8 @@ SURFACE: dict[str, dict[str, Any]] = {
         "--offline": False, "--trust-remote-code": False, "--device": "auto", "--dtype": "auto", "--json": None,
         "--protocol": "sparsegpt", "--dense": None, "--kl --no-kl": None, "--tasks": None, "--include-path": None,
         "--num-fewshot": None, "--limit": None, "--log-samples": False, "--samples": 0, "--output-path": None,
+        "--suite": None, "--vlm-data": None, "--retain-tokens": None, "--token-method": None,
+        "--sparsevlm-version": None, "--adaptive": False,
         "--tensorboard": None, "--wandb": None, **RUN,
     },
     "bench": {

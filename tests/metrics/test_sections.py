@@ -27,7 +27,7 @@ def result() -> dict[str, Any]:
             "quiz": {"alias": "quiz", "acc,none": 0.25, "acc_stderr,none": 0.01, "em,strict": 0.5, "sample_len": 9},
             "words": {"alias": " - words", "word_perplexity,none": 41.0, "word_perplexity_stderr,none": "N/A"},
         },
-        "n-shot": {"quiz": 5},
+        "n-shot": {"quiz": 5}, "suites": [],
         "samples": [{"text": "ptb", "window": 3, "prompt": "one\n two", "dense": "three", "continuation": ""}],
     }  # fmt: skip
 

@@ -190,7 +190,7 @@ def pruned_costs(model: Any, pruning: Any, visual: list[int], prompt: list[int])
     """The same of the prompts that were pruned last; without_rater: the share whose whole question had to judge."""
     if not any(visual):  # text alone
         return [dense_costs(model, *one) for one in zip(visual, prompt, strict=True)]
-    trace = pruning.trace
+    trace = pruning.last
     return [
         dict(
             processed_tokens=trace.processed_tokens(sample), equal_tokens=trace.equal_tokens(sample),

@@ -292,6 +292,22 @@ def test_the_command_line_shows_a_table(folder, small, tmp_path, capsys):
         assert words in shown
 
 
+@pytest.mark.parametrize("tokens", [dict(retain_tokens=2), dict(retain_tokens=2, token_method="fastv")])
+def test_pruned_visual_tokens_stand_beside_all_of_them(folder, small, tmp_path, tokens):
+    dense = ask_grids(folder, tmp_path / "out", limit=8)["suites"][0]
+    pruned = ask_grids(folder, tmp_path / "out", limit=8, **tokens)["suites"][0]
+    assert pruned["reused"] == 0 and pruned["tokens"]["retain"] == 2 and pruned["visual_tokens"] == 4
+    assert pruned["equal_tokens"] == pytest.approx(2, abs=1) and pruned["processed_tokens"] < 4
+    assert pruned["kv_bytes"] < dense["kv_bytes"]
+    # a visual token less in a layer is 2 x 2 heads x 16 channels x 4 bytes less in the cache
+    spared = 2 * (dense["processed_tokens"] - pruned["processed_tokens"]) * 2 * 2 * 16 * 4
+    assert dense["kv_bytes"] - pruned["kv_bytes"] == pytest.approx(spared)
+    again = ask_grids(folder, tmp_path / "out", limit=8, **tokens)["suites"][0]
+    assert again["reused"] == 8 and again["prefill_flops"] == pruned["prefill_flops"]
+    written = json.loads((tmp_path / "out" / "results.json").read_text())["mico"]["suites"]
+    assert [one["tokens"] and one["tokens"]["retain"] for one in written] == [None, 2]
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -304,6 +320,8 @@ def test_the_command_line_shows_a_table(folder, small, tmp_path, capsys):
         (dict(suite="grids", adaptive=True), "--adaptive has no effect without --retain-tokens"),
         (dict(suite="grids", token_method="cls"), "--token-method has no effect without --retain-tokens"),
         (dict(suite="grids", retain_tokens=0), "--retain-tokens 0: must be at least 1"),
+        (dict(suite="grids", retain_tokens=2, token_method="best"), "'best': choose from"),
+        (dict(suite="grids", retain_tokens=2, sparsevlm_version="3"), "version '3': choose from 1.0, 2.0"),
         (dict(suite="grids", limit=0), "--limit 0: must be above 0"),
         (dict(suite="grids", num_fewshot=2), "--num-fewshot has no effect without --tasks"),
         (dict(suite="grids", samples=2), "--samples 2: prompts are cut from texts"),
