@@ -2,7 +2,7 @@
 
     with mico.visual_tokens.enable(model, retain=192) as pruning:
         model.generate(**inputs)
-    pruning.last.kept, pruning.totals.means()
+    pruning.trace.kept, pruning.totals.means()
 
 budgets.py says how many tokens go where, methods.py who judges them (METHODS: the place for a new one), evidence.py
 what a judge sees, layers.py how the model runs, attach.py what is changed in it, trace.py what is told afterwards.

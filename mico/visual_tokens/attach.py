@@ -26,12 +26,12 @@ _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exi
 
 
 class Pruning:
-    """What `enable` yields. last: Trace of the last prefill with images; totals: sums over all of them."""
+    """What `enable` yields. trace: Trace of the last prefill with images; totals: sums over all of them."""
 
     def __init__(self, model: Any, rules: Rules) -> None:
         self.model = model
         self.rules = rules
-        self.last: Trace | None = None
+        self.trace: Trace | None = None
         self.totals = Totals()
         self._language: Any = model.model.language_model
         self._dense: Callable[..., Any] = self._language.forward
@@ -167,7 +167,7 @@ class Pruning:
             trace.kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
             each = layers[0].keys.nbytes + layers[0].values.nbytes
             trace.dense_kv_bytes = each // trace.kv_lengths[0] * embeds.shape[1] * len(layers)
-        self.last = trace
+        self.trace = trace
         self.totals.add(trace)
 
     # Attention of the vision tower

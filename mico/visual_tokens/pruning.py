@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -129,11 +130,17 @@ class Prefill:
                 trace.scoring_flops[sample] += trace.shape.scoring(raters, count) if self.schedules[sample] else 0
 
 
+@lru_cache(maxsize=1024)
+def planned(make: Callable[[float, int, int], Schedule], retain: int | float, visual: int, depth: int) -> Schedule:
+    """The schedule of a sample; images of one size share theirs."""
+    return make(target(retain, visual), visual, depth)
+
+
 def start(language: Any, rules: Rules, tokens: Tokens, prompt: Prompt) -> Prefill:
     """Plan the prunings of every sample and choose the raters."""
     visual_B, asked_B = tokens.visual_BN.sum(1).tolist(), tokens.asked_BN.sum(1).tolist()
     depth, needs = len(language.layers), rules.method.needs
-    schedules = [rules.method.schedule(target(rules.retain, v), v, depth) if v else None for v in visual_B]
+    schedules = [planned(rules.method.schedule, rules.retain, v, depth) if v else None for v in visual_B]
     for sample, (schedule, asked) in enumerate(zip(schedules, asked_B, strict=True)):
         if schedule and not asked and "question" in needs:
             raise UserError(
