@@ -144,8 +144,8 @@ def start(language: Any, rules: Rules, tokens: Tokens, prompt: Prompt) -> Prefil
     for sample, (schedule, asked) in enumerate(zip(schedules, asked_B, strict=True)):
         if schedule and not asked and "question" in needs:
             raise UserError(
-                f"sample {sample}: no text behind its image, which method {rules.method.name!r} lets judge: "
-                "put the question behind the image, or use method 'cls' or 'random'"
+                f"sample {sample}: no question behind its image (text without a label), by which method "
+                f"{rules.method.name!r} judges: put it there, or use method 'cls' or 'random'"
             )
         if schedule and "attention" in needs and min(schedule.layers) < 0:
             raise UserError(f"method {rules.method.name!r} needs attention and prunes before the first layer")

@@ -74,7 +74,7 @@ def logits(model: Any, **inputs: Any) -> torch.Tensor:
         return model(**inputs).logits
 
 
-def generated(model: Any, new: int = 5, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def generated(model: Any, new: int = 3, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """New ids (B, new) and their logits (B, new, vocabulary), chosen greedily unless told otherwise."""
     made = model.generate(
         **{**dict(do_sample=False), **inputs}, max_new_tokens=new, min_new_tokens=new, output_logits=True,
