@@ -124,8 +124,11 @@ def compression_figures(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def evaluation_figures(result: Mapping[str, Any]) -> dict[str, float]:
-    """Every measure of every text and every metric of every task of `mico eval`."""
+    """Every measure of every text, every metric of every task and every figure of every suite of `mico eval`."""
+    from mico.metrics.vision.sections import label
+
     found = _measures(result["texts"]) | dict(numbers(result.get("tasks") or {}, "tasks"))
+    found |= dict(numbers({label(one): one["figures"] for one in result.get("suites") or ()}, "suites"))
     return found | dict(seconds=result["seconds"])
 
 

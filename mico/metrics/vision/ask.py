@@ -17,6 +17,7 @@ import torch
 from mico.checkpoint import set_execution
 from mico.console import Console
 from mico.errors import UserError, out_of_memory
+from mico.image_text.inputs import chat_text
 from mico.loading import longest_text
 from mico.metrics.generation import end_tokens
 from mico.metrics.vision.question import Question
@@ -46,21 +47,16 @@ def check_images(questions: Sequence[Question]) -> None:
             raise UserError(f"{question.row}: image {question.image} does not exist: fetch the images of the suite")
 
 
-def template_of(processor: Any) -> str | None:
-    """The chat template of a model; None where it has none and LLaVA-1.5's form is used."""
-    own = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
-    return own if isinstance(own, str) or own is None else str(own)
-
-
 def prompt_of(processor: Any, question: Question) -> str:
-    """The text given to the processor, its mark of the image in front of the question."""
-    if template_of(processor) is None:
-        seen = "" if question.image is None else f"{processor.image_token}\n"
-        return f"USER: {seen}{question.prompt} ASSISTANT:"
-    parts = [] if question.image is None else [{"type": "image"}]
-    turns = [{"role": "user", "content": [*parts, {"type": "text", "text": question.prompt}]}]
-    template = None if getattr(processor, "chat_template", None) else processor.tokenizer.chat_template
-    return str(processor.apply_chat_template(turns, chat_template=template, add_generation_prompt=True))
+    """The text given to the processor, see `chat_text`. Raises UserError unless it marks the image, and only it."""
+    text, _ = chat_text(processor, [(question.prompt, None)], question.image is not None)
+    marks, wanted = text.count(processor.image_token), int(question.image is not None)
+    if marks != wanted:
+        raise UserError(
+            f"{question.row}: its prompt has {marks} marks {processor.image_token} for {wanted} images: mend the chat "
+            "template of the model, or the question"
+        )
+    return text
 
 
 @dataclass

@@ -17,7 +17,7 @@ from mico.errors import UserError
 from mico.files import fingerprint
 from mico.loading import LoadedModel, load_config, load_processor
 from mico.metrics.vision.answers import Answers
-from mico.metrics.vision.ask import Asker, Costs, ask_all, check_images, template_of
+from mico.metrics.vision.ask import Asker, Costs, ask_all, check_images
 from mico.metrics.vision.question import Question, Record, share
 from mico.metrics.vision.suites import SUITES, load_suite, part_of, suite_names
 
@@ -96,7 +96,7 @@ class Suites:
         return dict(
             suite=name, data=fingerprint([question.facts() for question in self.questions[name]]),
             model=loaded.fingerprint, dtype=str(loaded.dtype), new_tokens=SUITES[name].new_tokens,
-            template=template_of(processor), images=fingerprint(processor.image_processor.to_json_string()),
+            template=processor.chat_template, images=fingerprint(processor.image_processor.to_json_string()),
             tokens=None if self.tokens is None else asdict(self.tokens),
         )  # fmt: skip
 
@@ -190,7 +190,7 @@ def pruned_costs(model: Any, pruning: Any, visual: list[int], prompt: list[int])
     """The same of the prompts that were pruned last; without_rater: the share whose whole question had to judge."""
     if not any(visual):  # text alone
         return [dense_costs(model, *one) for one in zip(visual, prompt, strict=True)]
-    trace = pruning.last
+    trace = pruning.trace
     return [
         dict(
             processed_tokens=trace.processed_tokens(sample), equal_tokens=trace.equal_tokens(sample),

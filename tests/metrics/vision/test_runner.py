@@ -97,14 +97,19 @@ def test_sampling_settings_of_the_model_are_ignored_and_kept(loaded, processor):
     assert {i: one["text"] for i, one in after.items()} == {i: one["text"] for i, one in before.items()}
 
 
-def test_prompts_with_and_without_a_template(processor, folder, tmp_path):
+def test_prompts_with_and_without_a_template(processor):
     seen, blind = few(3)[0], few(3)[2]
     assert prompt_of(processor, seen) == "USER: <image>\nIs it? ASSISTANT:"
     assert prompt_of(processor, blind) == f"USER: {blind.prompt} ASSISTANT:"
     processor.chat_template = TEMPLATE
     assert prompt_of(processor, seen) == "[U] <image>\nIs it? [A]"
-    processor.chat_template, processor.tokenizer.chat_template = None, TEMPLATE
     assert prompt_of(processor, blind) == f"[U] {blind.prompt} [A]"
+    marked = Question("0", "What is an <image>?", "", "row 3")
+    with pytest.raises(UserError, match="row 3: its prompt has 1 marks <image> for 0 images"):
+        prompt_of(processor, marked)
+    processor.chat_template = "{{ messages[0]['content'][-1]['text'] }}"
+    with pytest.raises(UserError, match="row 0: its prompt has 0 marks <image> for 1 images"):
+        prompt_of(processor, seen)
 
 
 def test_an_answer_ends_at_the_end_token_or_is_cut(loaded, processor, monkeypatch):
