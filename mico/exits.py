@@ -55,10 +55,10 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[int, s
     if isinstance(error, Terminated):
         return TERMINATED, f"terminated: {_what_is_kept(command, arguments)}"
     if out_of_memory(error):
-        return (
-            USER,
-            f"error: out of memory ({text[:120]}): lower --batch-size, --nsamples or --seqlen, or use --device cpu",
-        )
+        less = "lower --batch-size, --nsamples or --seqlen, or use --device cpu"
+        if command == "finetune":
+            less = "lower --per-device-train-batch-size or --seqlen, or use --gradient-checkpointing"
+        return USER, f"error: out of memory ({text[:120]}): {less}"
     if isinstance(error, OSError) and disk_is_full(error):
         where = error.filename or "the disk"
         return USER, f"error: {where} is full ({error.strerror}): free disk space and run the same command again"

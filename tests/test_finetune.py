@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 import mico
 from mico.errors import UserError
 from mico.files import sha256_file
 from mico.packed.linear import PackedLinear
-from tests.tiny import numbered
+from tests.tiny import numbered, save_model, train_tokenizer
 from tests.workspace import Workspace, workspace
 
 STEPS = dict(max_steps=6, save_steps=2, learning_rate=1e-3, per_device_train_batch_size=4, seqlen=32, device="cpu")
@@ -64,13 +64,48 @@ def test_every_width_trains_and_loads_as_it_was_trained(
     assert again["perplexity"]["wikitext2"] == report["compressed"]["wikitext2"]["perplexity"]
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
     assert results["eval_loss"] == training["eval"]["eval_loss"] and "train_loss" in results
+    shutil.rmtree(tmp_path / "run" / "training")  # a finished run does not need its checkpoints
     assert train(space, text, tmp_path / "run", w_bits=bits, group_size=16) == report  # a second run reuses the first
 
 
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Biases, learned positions, and dropout while training."""
+    return save_model(tmp_path_factory.mktemp("opt"), "opt", dropout=0.1)
+
+
+def test_a_model_with_biases_trains(space: Workspace, text: str, opt: Path, tmp_path: Path) -> None:
+    train(space, text, tmp_path / "run", model=opt, w_bits=2, group_size=16, learning_rate=1e-2, bf16=True)
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (opt, tmp_path / "run" / "model"))
+    linears = [name for name, module in after.named_modules() if isinstance(module, PackedLinear)]
+    assert len(linears) == 12
+    for name in linears:  # the biases of keys shift all scores of a query alike: they have no gradient
+        moved = (after.get_submodule(name).bias - before.get_submodule(name).bias).abs().max()
+        assert moved > 1e-3 or name.endswith("k_proj")
+
+
+def test_minicpm_trains_in_bfloat16_with_gradient_checkpointing(space: Workspace, text: str, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "minicpm", vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, scale_emb=12, scale_depth=1.4, dim_model_base=16,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    train_tokenizer().save_pretrained(tmp_path / "model")
+    options = dict(model=tmp_path / "model", w_bits=1.58, bf16=True)  # the packed logits are checked by the run itself
+    reports = [
+        train(space, text, tmp_path / str(again), gradient_checkpointing=again, **options) for again in (False, True)
+    ]
+    losses = [report["training"]["eval"]["eval_loss"] for report in reports]
+    assert losses[0] < reports[0]["training"]["before"]["eval_loss"]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
 def test_a_training_cut_off_ends_as_if_it_had_not_been(
-    space: Workspace, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    space: Workspace, text: str, opt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train(space, text, tmp_path / "whole", w_bits=2)
+    whole = train(space, text, tmp_path / "whole", model=opt, w_bits=2)
 
     class Stop(TrainerCallback):
         def on_step_end(self, arguments, state, control, **_):  # type: ignore[no-untyped-def]
@@ -87,19 +122,24 @@ def test_a_training_cut_off_ends_as_if_it_had_not_been(
 
     monkeypatch.setattr(module.QATTrainer, "__init__", stopping)
     with pytest.raises(KeyboardInterrupt):
-        train(space, text, tmp_path / "cut", w_bits=2)
+        train(space, text, tmp_path / "cut", model=opt, w_bits=2)
     monkeypatch.undo()
     training = tmp_path / "cut" / "training"
     assert sorted(path.name for path in training.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     (training / "checkpoint-5").mkdir()  # a kill while a checkpoint is written leaves one without its last file
-    again = train(space, text, tmp_path / "cut", w_bits=2)
+    again = train(space, text, tmp_path / "cut", model=opt, w_bits=2)
     assert again["training"]["eval"]["eval_loss"] == whole["training"]["eval"]["eval_loss"]
+    assert again["training"]["train"]["train_loss"] == whole["training"]["train"]["train_loss"]
+    assert again["training"]["train"]["resumed_from"] == 4
     digests = [sha256_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut")]
     assert digests[0] == digests[1]
     shutil.rmtree(tmp_path / "cut" / "model")  # all steps done, killed while saving: nothing is trained again
-    third = train(space, text, tmp_path / "cut", w_bits=2)
+    third = train(space, text, tmp_path / "cut", model=opt, w_bits=2)
     assert sha256_file(tmp_path / "cut" / "model" / "model.safetensors") == digests[0]
     assert third["training"]["train"]["train_runtime"] == 0.0
+    assert third["training"]["train"]["train_loss"] == whole["training"]["train"]["train_loss"]
+    monkeypatch.setenv("RANK", "1")  # another process of a run that is finished has nobody to train with
+    assert train(space, text, tmp_path / "cut", model=opt, w_bits=2) == {}
 
 
 def test_the_mask_of_a_compressed_run_stays(space: Workspace, text: str, tmp_path: Path) -> None:
@@ -114,6 +154,11 @@ def test_the_mask_of_a_compressed_run_stays(space: Workspace, text: str, tmp_pat
             assert torch.all(module.dense()[~keep_RC] == 0)
             moved += not torch.equal(module.dense(), before.get_submodule(name).dense())
     assert moved == 14
+    mico.export(str(tmp_path / "run"), to="dense", save=str(tmp_path / "dense"))
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    for name, module in after.named_modules():
+        if isinstance(module, PackedLinear):
+            assert torch.all(dense.get_submodule(name).weight[~module.quantized().keep_RC] == 0)
 
 
 def test_two_processes_train_as_one_with_doubled_accumulation(space: Workspace, text: str, tmp_path: Path) -> None:
@@ -147,6 +192,13 @@ def test_what_cannot_be_trained_is_refused(space: Workspace, text: str, tmp_path
         train(space, text, tmp_path / "a", w_bits=2, group_size=48)
     with pytest.raises(UserError, match="--method qat: choose from paretoq"):
         train(space, text, tmp_path / "b", method="qat")
+    with pytest.raises(UserError, match=r"step \d: the loss is (nan|inf): lower --learning-rate"):
+        train(space, text, tmp_path / "d", w_bits=2, learning_rate=1e30, max_grad_norm=0.0)
+    experts = save_model(tmp_path / "mixtral", "mixtral")
+    with pytest.raises(UserError, match="--method paretoq: Mixtral has experts"):
+        train(space, text, tmp_path / "e", model=experts, w_bits=2)
+    with pytest.raises(UserError, match="--teacher tiny-llama: its vocabulary"):
+        train(space, text, tmp_path / "f", w_bits=2, kd=True, teacher="tiny-llama")
     train(space, text, tmp_path / "c", w_bits=2)
     with pytest.raises(UserError, match=r"made with other arguments \(w_bits: there 2, here 3"):
         train(space, text, tmp_path / "c", w_bits=3)

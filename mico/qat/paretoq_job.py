@@ -67,10 +67,12 @@ class ParetoQ:
         """The model to learn from: --teacher, else the dense model that the training or its compressed run is of."""
         report = Path(self.request.model).expanduser() / REPORT
         name = self.request.teacher or (read_json(report)["model"] if report.is_file() else self.source)
+        theirs = load_tokenizer(name, **self.request.hub).get_vocab()
         sizes = [config.get_text_config().vocab_size for config in (load_config(name, **self.request.hub), self.config)]
-        if sizes[0] != sizes[1]:
+        if sizes[0] != sizes[1] or theirs != self.tokenizer.get_vocab():
             raise UserError(
-                f"--teacher {name}: its vocabulary of {sizes[0]:,} is not that of {self.request.model}, {sizes[1]:,}"
+                f"--teacher {name}: its vocabulary ({sizes[0]:,}) is not that of {self.request.model} ({sizes[1]:,}), "
+                "and a teacher must read the same tokens"
             )
         return name
 

@@ -18,6 +18,9 @@ TRACKERS = ("tensorboard", "wandb", "none")
 SCHEDULES = (
     "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt",
 )  # fmt: skip
+FSDP_WORDS = (
+    "full_shard", "shard_grad_op", "no_shard", "hybrid_shard", "hybrid_shard_zero2", "offload", "auto_wrap",
+)  # fmt: skip
 FEW_BITS_RATE, MORE_BITS_RATE = 2e-5, 1e-5  # of the paper, at 1 to 2 bits and at 3 and 4
 SCALE_RATE = 1.0  # of a step's learning rate to that of the weights
 PATIENCE = 24 * 3600  # seconds that processes wait for the first, which measures the dense model before it joins them
@@ -68,6 +71,8 @@ class Training:
             raise UserError(f"--deepspeed {self.deepspeed}: no such file")
         if self.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
             raise UserError(f"--deepspeed {self.deepspeed}: deepspeed is not installed: pip install deepspeed")
+        for word in (self.fsdp or "").split():
+            choose("--fsdp", word, FSDP_WORDS)
         for name in self.trackers:
             choose("--report-to", name, TRACKERS)
             if name != "none" and importlib.util.find_spec(name) is None:

@@ -127,6 +127,14 @@ def test_masked_weights_get_no_gradient_and_tiny_steps_come_back() -> None:
         assert torch.all(module.weight_scale.grad == 0) if sign > 0 else torch.all(module.weight_scale.grad < 0)
 
 
+def test_a_pattern_of_the_mask_is_stored_as_such() -> None:
+    keep_RC = torch.tensor([True, False, False, True]).repeat(4, 8)
+    modules = [QATLinear.of(nn.Linear(32, 4), 4, keep_RC=keep_RC, pattern=pattern) for pattern in (None, (2, 4))]
+    quantized = [module.to_quantized() for module in modules]
+    assert [one.stored_bits()["mask"] for one in quantized] == [128, 96]
+    assert torch.equal(decode(encode(quantized[1])).dequantize(), modules[1].quantized_weight())
+
+
 def test_groups_that_do_not_divide_a_row_are_refused() -> None:
     with pytest.raises(ValueError, match="--group-size 48: 64 input channels"):
         QATLinear.of(nn.Linear(64, 4), 4, 48)

@@ -90,6 +90,9 @@ def test_shipped_deepspeed_configurations_are_read_and_filled(stage: int) -> Non
         (dict(learning_rate=-1.0), "--learning-rate -1.0: must be above 0"),
         (dict(kd_weight=1.5), "--kd-weight 1.5: must be from 0 to 1"),
         (dict(deepspeed="nowhere.json"), "--deepspeed nowhere.json: no such file"),
+        (dict(lr_scheduler_type="sine"), "--lr-scheduler-type sine: choose from cosine, linear"),
+        (dict(warmup_steps=-1.0), "--warmup-steps -1.0: must be 0 or more"),
+        (dict(fsdp="full_shard quickly"), "--fsdp quickly: choose from full_shard"),
         (dict(report_to="mlflow"), "--report-to mlflow: choose from tensorboard, wandb, none"),
     ],
 )
