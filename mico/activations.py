@@ -8,7 +8,7 @@ Suffixes: N windows, B windows of a batch, T tokens, C channels.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -21,7 +21,7 @@ from mico.errors import UserError, out_of_memory
 from mico.files import writing
 from mico.loading.free import free_memory
 
-Batch = Mapping[str, torch.Tensor]  # what the model is called with: input_ids, later also pixel_values
+Batch = Mapping[str, torch.Tensor]  # what the model is called with: input_ids, pixel_values
 Found = TypeVar("Found")
 
 TRACKS = 2  # of hidden states: inputs of a block, and the dense model's or the outputs
@@ -142,23 +142,35 @@ class _Call:
 class Carrier:
     """What a walk carries from block to block: hidden states, in batches that fit, and how every block is called.
 
-    given: numbers of the batches as they came; windows: of a batch now, at most.
+    enter: runs the model on a batch as far as the blocks at least; blocks: by their numbers; given: numbers of the
+    batches as they came; windows: of a batch now, at most; alone: the blocks are one that changes the width.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: nn.ModuleList, batches: Mapping[int, Batch], paired: bool,
-        folder: Path | None, tell: Callable[[str], None],
+        self, enter: Callable[..., Any], blocks: Mapping[int, nn.Module], device: torch.device,
+        batches: Mapping[int, Batch], folder: Path | None, tell: Callable[[str], None], alone: bool = False,
     ) -> None:  # fmt: skip
-        self.device, self.given, self.halvings = next(model.parameters()).device, list(batches), 0
+        self.device, self.given, self.halvings = device, list(batches), 0
+        self._enter, self._blocks, self._batches, self._folder, self._alone = enter, blocks, batches, folder, alone
         self._sizes, self._tell = [_windows(batch) for batch in batches.values()], tell
         self.windows = max(self._sizes, default=1)
         self.calls: dict[tuple[int, torch.Size], _Call] = {}
         self.dense_inputs: Activations | None = None
-        base = getattr(model, "base_model", model)
         self.inputs = Activations()
-        self.fitting(lambda: self._record_all(base, blocks, batches, folder), "embeddings")
-        if paired:
-            self.dense_inputs = self.inputs.copy()
+        self.record()
+
+    def record(self) -> None:
+        """Make the inputs of the first block by what comes before it as it is now."""
+        self.fitting(self._record_all, "embeddings")
+
+    def keep_dense(self, again: bool = False) -> None:
+        """Take the inputs for those of the dense model, and carry them beside the others from now on.
+
+        again: the others will be recorded when it is their turn.
+        """
+        self.dense_inputs = self.inputs if again else self.inputs.copy()
+        if again:
+            self.inputs = Activations()
 
     # --- batches that fit ---
 
@@ -202,58 +214,78 @@ class Carrier:
 
     # --- how blocks are called ---
 
-    def _record_all(
-        self, base: nn.Module, blocks: nn.ModuleList, batches: Mapping[int, Batch], folder: Path | None
-    ) -> None:
-        self.inputs, windows = Activations(), sum(self._sizes)
-        for batch in batches.values():
-            for piece in _pieces(batch, self.windows):
-                hidden_BTC = self._record(base, blocks, piece).to("cpu")
+    def _record_all(self) -> None:
+        self.inputs, windows = Activations(), self.windows
+        for batch in self._batches.values():
+            for piece in _pieces(batch, windows):
+                hidden_BTC = self._record(piece).to("cpu")
                 if not len(self.inputs):
-                    self.inputs = self._store(TRACKS * windows * hidden_BTC[0].nbytes, folder)
+                    self.inputs = self._store(TRACKS * self._rows(hidden_BTC, piece) * hidden_BTC[0, 0].nbytes)
                 self.inputs.append(hidden_BTC)
-        for size in self._sizes_to_come() - {shape[0] for _, shape in self.calls}:
-            self._record(base, blocks, next(_pieces(next(iter(batches.values())), size)))
+        for batch in _one_of_each_kind(self._batches.values()):
+            for size in self._sizes_to_come(batch):
+                self._record(next(_pieces(batch, size)))
 
-    def _sizes_to_come(self) -> set[int]:
-        """Windows of the batches that there will be if memory runs out."""
-        found, limit = set[int](), self.windows
+    def _rows(self, hidden_BTC: torch.Tensor, piece: Batch) -> int:
+        """Rows of the hidden states of all batches, by those of one piece."""
+        tokens, rows = "input_ids" in piece, hidden_BTC[..., 0].numel()
+        sizes = [batch["input_ids"].numel() if tokens else _windows(batch) for batch in self._batches.values()]
+        return sum(sizes) * rows // (piece["input_ids"].numel() if tokens else _windows(piece))
+
+    def _sizes_to_come(self, batch: Batch) -> set[int]:
+        """Windows of the batches of one kind that there will be if memory runs out."""
+        kind, found, limit = _kind(batch), set[int](), self.windows
+        sizes = {_windows(other) for other in self._batches.values() if _kind(other) == kind}
+        now = {count for size in sizes for count in (min(size, limit), size % limit) if count}
         while limit > 1:
             limit = smaller(limit)
-            found |= {count for size in self._sizes for count in (min(size, limit), size % limit) if count}
-        return found
+            found |= {count for size in sizes for count in (min(size, limit), size % limit) if count}
+        return found - now
 
-    def _store(self, nbytes: int, folder: Path | None) -> Activations:
+    def _store(self, nbytes: int) -> Activations:
         if not spills(nbytes, free_memory(torch.device("cpu"))):
             return Activations()
-        place = folder or Path(tempfile.gettempdir())
+        place = self._folder or Path(tempfile.gettempdir())
         self._tell(f"{nbytes / 1e9:.2f} GB of hidden states would fill the memory: they go to a file in {place}")
         return Activations(place)
 
-    def _record(self, base: nn.Module, blocks: nn.ModuleList, batch: Batch) -> torch.Tensor:
+    def _record(self, batch: Batch) -> torch.Tensor:
         """One forward in which every block only notes how it was called: exact masks and positions, layer by layer.
 
         Returns the inputs of the first block.
         """
         first: list[torch.Tensor] = []
 
-        def recorder(index: int) -> Callable[..., torch.Tensor]:
-            def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-                if index == 0:
+        def recorder(index: int, own: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+                if not first:
                     first.append(hidden_states)
                 self.calls.setdefault((index, hidden_states.shape), _Call(args, kwargs))
-                return hidden_states
+                return own(hidden_states, *args, **kwargs) if self._alone else hidden_states
 
             return forward
 
         try:
-            for index, block in enumerate(blocks):
-                block.forward = recorder(index)
-            base(**{name: tensor.to(self.device) for name, tensor in batch.items()}, use_cache=False)
+            for index, block in self._blocks.items():
+                block.forward = recorder(index, block.forward)
+            self._enter(**{name: tensor.to(self.device) for name, tensor in batch.items()})
         finally:
-            for block in blocks:
+            for block in self._blocks.values():
                 del block.forward
         return first[0]
+
+
+def _kind(batch: Batch) -> tuple[tuple[str, torch.Size], ...]:
+    """What the calls of blocks may depend on besides the number of windows."""
+    return tuple((name, tensor.shape[1:]) for name, tensor in batch.items())
+
+
+def _one_of_each_kind(batches: Iterable[Batch]) -> list[Batch]:
+    """The largest batch of every kind."""
+    found: dict[tuple[Any, ...], Batch] = {}
+    for batch in sorted(batches, key=_windows):
+        found[_kind(batch)] = batch
+    return list(found.values())
 
 
 def smaller(windows: int) -> int:

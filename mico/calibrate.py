@@ -31,6 +31,9 @@ def calibrate(
     offline: bool = False,
     trust_remote_code: bool = False,
     stream: bool | None = None,
+    image_folder: str | None = None,
+    compress_vision: bool = False,
+    compress_projector: bool = False,
     save: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -44,7 +47,7 @@ def calibrate(
     with gather(device) as team:
         source = Source(
             model, calib, data_dir, data_file, nsamples, seqlen, batch_size, seed, team.device, dtype, offline,
-            trust_remote_code, stream,
+            trust_remote_code, stream, image_folder, compress_vision, compress_projector,
         )  # fmt: skip
         if not team.leads:
             follow(team, source)

@@ -153,17 +153,20 @@ def save_packed(
     """Write the packed checkpoint of a model whose values are in place; return the bytes outside the packed Linears.
 
     tables: packed embeddings by module name; weights: the packed Linears of a block by module name; resident: inside,
-    the other tensors of a block are in memory; one block is held at a time. dtype: see `pack_model`.
+    the other tensors of a block are in memory; one block is held at a time, but all of the towers, which lie before
+    the language model. dtype: see `pack_model`.
     """
     config, writer = packed_config(family), ShardWriter(folder)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     keys = [key for key in model.state_dict() if key not in tied]
     inside = f"{family.blocks}."
     first = next(place for place, key in enumerate(keys) if key.startswith(inside))
+    seers = {name: weight for index in range(family.offset) for name, weight in weights(index).items()}
+    assert all(f"{name}.weight" in keys[:first] for name in seers), "towers come before the language model"
     with resident(None):
-        rest = _add(writer, keys[:first], model, tables, config, dtype, linears={})
+        rest = _add(writer, keys[:first], model, {**tables, **seers}, config, dtype, linears=seers)
     for index in range(len(lookup(model, family.blocks))):  # type: ignore[arg-type]
-        packed = weights(index)
+        packed = weights(family.offset + index)
         own = [key for key in keys if key.startswith(f"{inside}{index}.")]
         with resident(index):
             rest += _add(writer, own, model, packed, config, dtype, linears=packed)
@@ -209,7 +212,8 @@ def _write_settings(folder: Path, model: Any, family: Family, config: MicoConfig
 
 def packed_config(family: Family) -> MicoConfig:
     """What config.json says of the packing: which Linears of a block share channel labels."""
-    shared = [stream.linears for stream in family.streams if len(stream.linears) > 1]
+    rows = [*family.streams, *(stream for tower in family.towers for stream in tower.streams)]
+    shared = [stream.linears for stream in rows if len(stream.linears) > 1]
     return MicoConfig(streams=dict.fromkeys(tuple(any_expert(path)[0] for path in linears) for linears in shared))
 
 

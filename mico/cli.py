@@ -54,7 +54,9 @@ def plan(
     model: o.Model, calib: o.Calib = None, data_dir: o.DataDir = None, data_file: o.DataFile = None,
     nsamples: o.Nsamples = 128, seqlen: o.Seqlen = None, batch_size: o.BatchSize = 8, seed: o.Seed = 0,
     eval: o.Eval = None, offline: o.Offline = False, trust_remote_code: o.TrustRemoteCode = False,
-    stream: o.Stream = None, sparsity: o.Sparsity = None, pattern: o.Pattern = None, wbits: o.Wbits = 4,
+    stream: o.Stream = None, image_folder: o.ImageFolder = None, compress_vision: o.CompressVision = False,
+    compress_projector: o.CompressProjector = False, sparsity: o.Sparsity = None, pattern: o.Pattern = None,
+    wbits: o.Wbits = 4,
     target_avg_bits: o.TargetAvgBits = None, method: o.Method = None, arm: o.Arm = None,
     allocation: o.Allocation = None, group_size: o.GroupSize = None, percdamp: o.Percdamp = 0.01,
     blocksize: o.Blocksize = 128, profile: o.Profile = None, embed_bits: o.EmbedBits = 16, n_groups: o.NGroups = "auto",
@@ -75,6 +77,7 @@ def plan(
         blocksize=blocksize, profile=profile, embed_bits=embed_bits, calib=calib, nsamples=nsamples, seqlen=seqlen,
         batch_size=batch_size, seed=seed, device=device, dtype=dtype, eval=eval, save=save, data_dir=data_dir,
         data_file=data_file, offline=offline, trust_remote_code=trust_remote_code, stream=stream,
+        image_folder=image_folder, compress_vision=compress_vision, compress_projector=compress_projector,
         allow_partial=allow_partial, json=json, console=_console(quiet, verbose),
     )  # fmt: skip
     _show(section(result))
@@ -85,6 +88,8 @@ def calibrate(
     model: o.Model, calib: o.Calib = None, data_dir: o.DataDir = None, data_file: o.DataFile = None,
     nsamples: o.Nsamples = 128, seqlen: o.Seqlen = None, batch_size: o.BatchSize = 8, seed: o.Seed = 0,
     offline: o.Offline = False, trust_remote_code: o.TrustRemoteCode = False, stream: o.Stream = None,
+    image_folder: o.ImageFolder = None, compress_vision: o.CompressVision = False,
+    compress_projector: o.CompressProjector = False,
     save: o.Save = None, device: o.Device = "auto", dtype: o.Dtype = "auto", debug: o.Debug = False,
     verbose: o.Verbose = 0, quiet: o.Quiet = False,
 ) -> None:  # fmt: skip
@@ -96,7 +101,9 @@ def calibrate(
     result = run(
         model, calib=calib, data_dir=data_dir, data_file=data_file, nsamples=nsamples, seqlen=seqlen,
         batch_size=batch_size, seed=seed, device=device, dtype=dtype, offline=offline,
-        trust_remote_code=trust_remote_code, stream=stream, save=save, console=_console(quiet, verbose),
+        trust_remote_code=trust_remote_code, stream=stream, image_folder=image_folder,
+        compress_vision=compress_vision, compress_projector=compress_projector, save=save,
+        console=_console(quiet, verbose),
     )  # fmt: skip
     if result:  # only the first process of a team has something to show
         _show(section(result))
@@ -107,6 +114,8 @@ def mi_group(
     model: o.Model, calib: o.Calib = None, data_dir: o.DataDir = None, data_file: o.DataFile = None,
     nsamples: o.Nsamples = 128, seqlen: o.Seqlen = None, batch_size: o.BatchSize = 8, seed: o.Seed = 0,
     offline: o.Offline = False, trust_remote_code: o.TrustRemoteCode = False, stream: o.Stream = None,
+    image_folder: o.ImageFolder = None, compress_vision: o.CompressVision = False,
+    compress_projector: o.CompressProjector = False,
     n_groups: o.NGroups = "auto", grouping: o.GroupingKind = "mi", mi_method: o.MiMethod = "gaussian",
     cluster: o.Cluster = "spectral", statistics: o.StatisticsDir = None, save: o.Save = None,
     device: o.Device = "auto", dtype: o.Dtype = "auto", debug: o.Debug = False, verbose: o.Verbose = 0,
@@ -121,6 +130,7 @@ def mi_group(
         model, n_groups=_count(n_groups), grouping=grouping, mi_method=mi_method, cluster=cluster, calib=calib,
         data_dir=data_dir, data_file=data_file, nsamples=nsamples, seqlen=seqlen, batch_size=batch_size, seed=seed,
         device=device, dtype=dtype, offline=offline, trust_remote_code=trust_remote_code, stream=stream,
+        image_folder=image_folder, compress_vision=compress_vision, compress_projector=compress_projector,
         statistics=statistics, save=save, console=_console(quiet, verbose),
     )  # fmt: skip
     if result:
@@ -132,7 +142,9 @@ def compress(
     model: o.Model, calib: o.Calib = None, data_dir: o.DataDir = None, data_file: o.DataFile = None,
     nsamples: o.Nsamples = 128, seqlen: o.Seqlen = None, batch_size: o.BatchSize = 8, seed: o.Seed = 0,
     eval: o.Eval = None, offline: o.Offline = False, trust_remote_code: o.TrustRemoteCode = False,
-    stream: o.Stream = None, sparsity: o.Sparsity = None, pattern: o.Pattern = None, wbits: o.Wbits = 4,
+    stream: o.Stream = None, image_folder: o.ImageFolder = None, compress_vision: o.CompressVision = False,
+    compress_projector: o.CompressProjector = False, sparsity: o.Sparsity = None, pattern: o.Pattern = None,
+    wbits: o.Wbits = 4,
     target_avg_bits: o.TargetAvgBits = None, method: o.Method = None, arm: o.Arm = None,
     allocation: o.Allocation = None, group_size: o.GroupSize = None, percdamp: o.Percdamp = 0.01,
     blocksize: o.Blocksize = 128, profile: o.Profile = None, embed_bits: o.EmbedBits = 16, n_groups: o.NGroups = "auto",
@@ -163,7 +175,9 @@ def compress(
             blocksize=blocksize, profile=profile, embed_bits=embed_bits, calib=calib, nsamples=nsamples, seqlen=seqlen,
             batch_size=batch_size, seed=seed, device=device, dtype=dtype, eval=eval, save=save, data_dir=data_dir,
             data_file=data_file, statistics=statistics, groups=groups, offline=offline,
-            trust_remote_code=trust_remote_code, stream=stream, allow_partial=allow_partial, strict=strict,
+            trust_remote_code=trust_remote_code, stream=stream, image_folder=image_folder,
+            compress_vision=compress_vision, compress_projector=compress_projector, allow_partial=allow_partial,
+            strict=strict,
             tensorboard=tensorboard, wandb=wandb, json=json, console=_console(quiet, verbose),
         )  # fmt: skip
     except ContractError as broken:  # the run is whole: its report is shown before the exit code tells of the contract

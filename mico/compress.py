@@ -19,6 +19,7 @@ from torch import nn
 
 import mico.stages as stages
 from mico.adapters import auto_class
+from mico.calibration import check_calibration
 from mico.callable import callable_module
 from mico.card import model_card
 from mico.checkpoint import save_packed, set_execution, write_manifest
@@ -85,6 +86,9 @@ def compress(
     offline: bool = False,
     trust_remote_code: bool = False,
     stream: bool | None = None,
+    image_folder: str | None = None,
+    compress_vision: bool = False,
+    compress_projector: bool = False,
     allow_partial: bool = False,
     strict: bool = False,
     tensorboard: str | None = None,
@@ -102,7 +106,7 @@ def compress(
     with gather(device) as team:
         source = Source(
             model, calib, data_dir, data_file, nsamples, seqlen, batch_size, seed, team.device, dtype, offline,
-            trust_remote_code, stream,
+            trust_remote_code, stream, image_folder, compress_vision, compress_projector,
         )  # fmt: skip
         if not team.leads:
             follow(team, source)
@@ -117,7 +121,9 @@ def compress(
         if json is not None:
             check_writable("--json", json)
         with Tracking(tensorboard, wandb, console) as tracking, console.stage("total"):
-            check_shapes(load_config(model, offline=offline, trust_remote_code=trust_remote_code), source, settings)
+            config = load_config(model, offline=offline, trust_remote_code=trust_remote_code)
+            check_calibration(source, config)
+            check_shapes(config, source, settings)
             preparation = Preparation(source, console, team)
             for line in team.describe():
                 console.note(line)
@@ -221,10 +227,10 @@ class _Job:
 
     def _check_coverage(self, architecture: dict[str, Any]) -> None:
         share = architecture["coverage"]
-        dense = (
-            f"; {architecture['vision']:,} parameters that see images stay dense" if "vision" in architecture else ""
-        )
-        self.console.note(f"compress: {share:.1%} of the Linear parameters of the language model{dense}")
+        stays, towers = architecture.get("vision", 0), architecture.get("towers")
+        dense = f"; {stays:,} parameters that see images stay dense" if stays else ""
+        where = "the language model" + (f", {towers}" if towers else "")
+        self.console.note(f"compress: {share:.1%} of the Linear parameters of {where}{dense}")
         check_coverage(share, self.preparation.source.model, self.allow_partial)
 
     def _check_disk(self, parameters: int) -> int:
@@ -264,8 +270,11 @@ class _Job:
             raise RuntimeError(f"{folder}: logits differ from those in memory by {float(difference):g} after reloading")
         return pair.compressed(model)
 
-    def _probe(self, device: torch.device) -> torch.Tensor:
-        return self.preparation.windows.ids_NT[:1].to(device)
+    def _probe(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The first calibration window, or a sample with its picture where there is one."""
+        batches = self.preparation.windows.batches(1)
+        seen = [batch for batch in batches if "pixel_values" in batch] or batches
+        return {name: tensor.to(device) for name, tensor in seen[0].items()}
 
     # --- output ---
 
@@ -279,8 +288,8 @@ class _Job:
         model.config.get_text_config().use_cache = True
 
         def weights(index: int) -> dict[str, QuantizedWeight]:
-            layers = self.run.read_block(index)[0]
-            return {f"{family.blocks}.{index}.{path}": quantized for path, quantized in layers.items()}
+            layers, block = self.run.read_block(index)[0], family.place(index)[0]
+            return {f"{block}.{path}": quantized for path, quantized in layers.items()}
 
         dtype = self.preparation.stored_dtype
         with self.run.publish() as staging, quiet():
@@ -333,8 +342,8 @@ class _Job:
 
 
 @torch.no_grad()
-def _logits(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=ids_BT, use_cache=False).logits.float().cpu()
+def _logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**batch, use_cache=False).logits.float().cpu()
 
 
 def _peak_device_bytes() -> int:

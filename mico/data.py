@@ -87,6 +87,10 @@ class Windows:
         """Tokens asked for that the text does not hold (only evaluation of C4 asks for a number)."""
         return max(0, (self.tokens_asked or 0) - min(self.tokens, self.tokens_available))
 
+    def batches(self, batch_size: int) -> list[dict[str, torch.Tensor]]:
+        """As `token_batches`."""
+        return token_batches(self.ids_NT, batch_size)
+
     def describe(self) -> str:
         asked = f" of {self.tokens_asked:,} asked" if self.tokens_asked is not None else ""
         return (

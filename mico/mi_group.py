@@ -38,6 +38,9 @@ def mi_group(
     offline: bool = False,
     trust_remote_code: bool = False,
     stream: bool | None = None,
+    image_folder: str | None = None,
+    compress_vision: bool = False,
+    compress_projector: bool = False,
     statistics: str | None = None,
     save: str | None = None,
     console: Console | None = None,
@@ -54,7 +57,7 @@ def mi_group(
         chosen = Grouping(n_groups, grouping, mi_method, cluster)
         source = Source(
             model, calib, data_dir, data_file, nsamples, seqlen, batch_size, seed, team.device, dtype, offline,
-            trust_remote_code, stream,
+            trust_remote_code, stream, image_folder, compress_vision, compress_projector,
         )  # fmt: skip
         if not team.leads:
             follow(team, source)

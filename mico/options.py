@@ -50,10 +50,25 @@ VisionTower = Annotated[
 Calib = Annotated[
     str | None,
     _option(
-        _DATA, "--calib", help="Text to calibrate on: wikitext2, ptb, c4 or docs (the documentation inside Python).",
-        show_default="c4; docs for a shipped model without --data-dir",
+        _DATA, "--calib",
+        help="Text to calibrate on: wikitext2, ptb, c4 or docs (the documentation inside Python); for a model that "
+        "sees, image-text pairs too: LLaVA-Instruct (.json, .jsonl), webdataset (.tar, or a folder of them), grids.",
+        show_default="c4; docs for a shipped model without --data-dir, grids for one that sees",
     ),
 ]  # fmt: skip
+ImageFolder = Annotated[
+    str | None,
+    _option(
+        _DATA, "--image-folder", metavar="DIR", help="Where the pictures lie that a LLaVA-Instruct file names.",
+        show_default="the folder of the file",
+    ),
+]  # fmt: skip
+CompressVision = Annotated[
+    bool, _option(_COMPRESSION, "--compress-vision", help="Compress the blocks of the vision tower too.")
+]
+CompressProjector = Annotated[
+    bool, _option(_COMPRESSION, "--compress-projector", help="Compress the projector to the language model too.")
+]
 DataDir = Annotated[
     str | None,
     _option(

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from mico.calibration import check_calibration
 from mico.callable import callable_module
 from mico.console import Console
-from mico.data import TEXTS
 from mico.errors import UserError
 from mico.files import atomic_json, check_writable
 from mico.forecast.fit import Forecast, Room, check_disk, check_memory, forecast, streams
@@ -71,6 +71,9 @@ def plan(
     offline: bool = False,
     trust_remote_code: bool = False,
     stream: bool | None = None,
+    image_folder: str | None = None,
+    compress_vision: bool = False,
+    compress_projector: bool = False,
     allow_partial: bool = False,
     json: str | None = None,
     console: Console | None = None,
@@ -79,17 +82,18 @@ def plan(
 
     Reads config.json and the headers of the weight files, and tries this machine for some seconds; texts are not read.
     Returns plain JSON values (bytes, seconds), also written to `json`. Raises UserError for what compress would refuse
-    in these options, and when it cannot fit, saying what would. Of several devices the first one's part is told, as if
-    it carried all batches.
+    in these options, and when it cannot fit, saying what would. Image-text pairs count as windows of `seqlen`, the most
+    they can be; what --compress-vision and --compress-projector take is not told. Of several devices the first one's
+    part is told, as if it carried all batches.
     """
     console = console or Console()
     team = gather(device)
     source = Source(
         model, calib, data_dir, data_file, nsamples, seqlen, batch_size, seed, team.devices[0], dtype, offline,
-        trust_remote_code, stream,
+        trust_remote_code, stream, image_folder, compress_vision, compress_projector,
     )  # fmt: skip
-    if calib is not None and calib not in TEXTS:
-        raise UserError(f"--calib {calib}: choose from {', '.join(TEXTS)}, or give --data-file")
+    if source.towers:
+        raise UserError(f"--compress-{source.towers[0]}: mico plan forecasts the language model alone: leave it out")
     settings = compression_of(
         sparsity=sparsity, pattern=pattern, wbits=wbits, target_avg_bits=target_avg_bits, n_groups=n_groups,
         use_mi_grouping=use_mi_grouping, grouping=grouping, mi_method=mi_method, cluster=cluster, method=method,
@@ -104,6 +108,7 @@ def plan(
     place = pick_device(source.device)
     hub = dict(offline=offline, trust_remote_code=trust_remote_code)
     config = load_config(model, **hub)
+    check_calibration(source, config)
     check_shapes(config, source, settings)
     length = context_length(config, seqlen)
     shape = outline(config, stored_tensors(model, **hub), f"model {model}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mico.adapters import family_of
+from mico.adapters import family_of, with_towers
 from mico.channels.information import KNN_CHANNELS, MIN_ROWS
 from mico.checkpoint import check_execution
 from mico.errors import UserError
@@ -64,4 +64,7 @@ def check_coverage(share: float, model: str, allow_partial: bool) -> None:
 
 def _widths(config: Any, source: Source) -> list[int]:
     """Input channels that streams of the model have, ascending."""
-    return sorted(set(stream_widths(config, source.trust_remote_code).values()))
+    family = with_towers(
+        family_of(config), config, vision=source.compress_vision, projector=source.compress_projector
+    )  # fmt: skip
+    return sorted(set(stream_widths(config, source.trust_remote_code, family).values()))

@@ -45,6 +45,14 @@ class Source:
     offline: bool = False
     trust_remote_code: bool = False
     stream: bool | None = None  # keep blocks on disk; None: when the model would take most of the free memory
+    image_folder: str | None = None  # of the pictures that a LLaVA-Instruct file names
+    compress_vision: bool = False  # the vision tower's blocks too
+    compress_projector: bool = False
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """What that sees images is compressed too, by the names in the options."""
+        return ("vision",) * self.compress_vision + ("projector",) * self.compress_projector
 
     def __post_init__(self) -> None:
         for option in ("nsamples", "seqlen", "batch_size"):
@@ -55,6 +63,10 @@ class Source:
             raise UserError(f"--seed {self.seed}: must be from 0 to 4294967295")
         if self.calib is not None and self.data_file is not None:
             raise UserError(f"--calib {self.calib} and --data-file {self.data_file} exclude each other: leave one out")
+        if self.image_folder is not None and self.calib is None:
+            raise UserError(f"--image-folder {self.image_folder}: give the file that names the pictures as --calib")
+        if self.towers and self.stream:
+            raise UserError(f"--compress-{self.towers[0]} needs the whole model in memory: leave --stream out")
         choose("--dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
 
 

@@ -169,7 +169,7 @@ class Solver:
         depend on what the one before it took.
         """
         finished, device = Finished({}, {}, []), next(block.module.parameters()).device
-        for wave in block.waves() if self.settings.method in PAIRED else (tuple(block.family.streams),):
+        for wave in block.waves() if self.settings.method in PAIRED else (tuple(block.kinds),):
             moments: dict[str, Any]
             if self.settings.method in PAIRED:
                 moments = dict(block.measure_wave(wave))
@@ -284,7 +284,7 @@ class Solver:
                 labels = made.block(index)[0] if made is not None else {}
                 with loaded.part(index) as module:
                     for stream, (moments, _) in found.block(index).items():
-                        row = next(s for s in loaded.family.streams if s.name == stream)
+                        row = next(s for s in loaded.family.place(index)[1] if s.name == stream)
                         moments = moments if row.expert is None else trusted(moments)
                         needs = self._demands(linears_of(module, row), moments, labels.get(stream), widths)
                         for path, (need, allowance) in needs.items():

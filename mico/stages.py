@@ -1,4 +1,4 @@
-"""What comes before compression, each kept in a folder of its own: calibration text, statistics, channel groups.
+"""What comes before compression, each kept in a folder of its own: calibration data, statistics, channel groups.
 
 A stage is identified by everything its result depends on (model, text, samples, seqlen, seed ...). It is read
 when a finished folder of that identity exists and made, block by block and resumable, when not. The verbs
@@ -12,15 +12,16 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mico.adapters import family_of
+from mico.adapters import family_of, with_towers
 from mico.adapters.family import Family, linears_of
+from mico.calibration import calibration
 from mico.channels.grouping import cluster, random_groups, sorted_groups
 from mico.channels.heat import heat_text, ordered_heat
 from mico.channels.information import MIN_ROWS, mutual_information
@@ -29,9 +30,10 @@ from mico.channels.plan import ChannelGroups
 from mico.channels.starved import is_starved, trusted
 from mico.console import Console
 from mico.costs import NESTED
-from mico.data import Windows, calibration_windows, load_text, token_batches
+from mico.data import Windows
 from mico.errors import UserError
 from mico.files import read_json
+from mico.image_text import Pairs
 from mico.loading import (
     LoadedModel,
     context_length,
@@ -44,7 +46,6 @@ from mico.loading import (
     pick_device,
 )  # fmt: skip
 from mico.methods.sweep import factorize
-from mico.metrics.perplexity import default_calibration
 from mico.runs import RunFolder
 from mico.runs import fingerprint as digest
 from mico.settings import Compression, Grouping, Source, record
@@ -70,13 +71,15 @@ class Preparation:
         hub = dict(offline=source.offline, trust_remote_code=source.trust_remote_code)
         self.device = pick_device(source.device)
         self.config = load_config(source.model, **hub)
-        self.family: Family = family_of(self.config)
+        self.family: Family = with_towers(
+            family_of(self.config), self.config, vision=source.compress_vision, projector=source.compress_projector
+        )
+        if source.towers and not team.alone:
+            raise UserError(f"--compress-{source.towers[0]} works in one process: name one --device")
         self.tokenizer = load_tokenizer(source.model, **hub)
         self.seqlen = context_length(self.config, source.seqlen)
         self.reference = is_reference(source.model)
-        text = source.calib or default_calibration(self.reference, source.data_dir, source.data_file)
-        found = load_text(text, "train", data_dir=source.data_dir, data_file=source.data_file, offline=source.offline)
-        self.windows: Windows = calibration_windows(found, self.tokenizer, source.nsamples, self.seqlen, source.seed)
+        self.windows: Windows | Pairs = calibration(source, self.config, self.tokenizer, self.seqlen, console)
         console.note(f"calibration {self.windows.describe()}")
         self.folder = local_folder(source.model, **hub)
         self._loaded: LoadedModel | None = None
@@ -91,10 +94,11 @@ class Preparation:
         """Everything the activations depend on."""
         source = self.source
         dtype = "float32" if source.dtype == "auto" and self.device.type == "cpu" else source.dtype
+        towers = dict(towers=list(source.towers)) if source.towers else {}
         return dict(
             model=fingerprint(self.folder), text=self.windows.source.name, tokens_sha256=self.windows.sha256,
             nsamples=source.nsamples, seqlen=self.seqlen, seed=source.seed, batch_size=source.batch_size, dtype=dtype,
-            device=self.device.type,
+            device=self.device.type, **towers,
         )  # fmt: skip
 
     @property
@@ -112,7 +116,11 @@ class Preparation:
                     source.model, device=source.device, dtype=source.dtype, seqlen=source.seqlen,
                     offline=source.offline, trust_remote_code=source.trust_remote_code, stream=source.stream,
                 )  # fmt: skip
-            found = self._loaded
+            found = self._loaded = replace(self._loaded, family=self.family)
+            if found.store is not None and source.towers:
+                raise UserError(
+                    f"--compress-{source.towers[0]} needs the whole model in memory, which is too small: leave it out"
+                )
             kept = "all of it in memory" if found.store is None else "its blocks on disk, each read when it is needed"
             self.console.note(f"model on {found.device} in {str(found.dtype).removeprefix('torch.')}, {kept}")
         return self._loaded
@@ -124,7 +132,7 @@ class Preparation:
     @property
     def batches(self) -> list[dict[str, torch.Tensor]]:
         """The calibration inputs as the model is called with them."""
-        return token_batches(self.windows.ids_NT, self.source.batch_size)
+        return self.windows.batches(self.source.batch_size)
 
     def walk(self, paired: bool = False, folder: Path | None = None) -> Iterator[Block]:
         """The blocks of the model, with the batches that this process carries; folder: for what memory cannot hold."""
@@ -135,7 +143,7 @@ class Preparation:
         )  # fmt: skip
 
     def blocks(self) -> int:
-        return int(self.config.get_text_config().num_hidden_layers)
+        return self.family.offset + int(self.config.get_text_config().num_hidden_layers)
 
     def together(self, stage: str, finished: int, settings: Compression | None = None) -> AbstractContextManager[None]:
         """The other processes of the team then do their part of a stage from block `finished` on (mico/follow.py)."""
@@ -363,7 +371,7 @@ def _score(kind: str, weight_RC: torch.Tensor, moments: SecondMoments) -> torch.
 
 def _stream_weight(preparation: Preparation, index: int, stream: str) -> torch.Tensor:
     loaded = preparation.load()
-    row = next(s for s in loaded.family.streams if s.name == stream)
+    row = next(s for s in loaded.family.place(index)[1] if s.name == stream)
     with loaded.part(index) as block:
         return torch.cat([linear.weight.detach().double().cpu() for linear in linears_of(block, row).values()])
 

@@ -288,14 +288,11 @@ def _mean(records: list[dict[str, Any]], key: str) -> str:
     return number(statistics.fmean(values)) if values else NOTHING
 
 
-def _common_prefix(layers: list[str]) -> str:
-    """'model.layers.' of 'model.layers.0.mlp.up_proj': what stands before the block's number."""
-    parts = layers[0].split(".")
-    return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit())]) + "."
-
-
-def _inside_block(line: dict[str, Any], prefix: str) -> str:
-    return line["layer"].removeprefix(f"{prefix}{line['block']}.")
+def _inside_block(layer: str) -> str:
+    """'mlp.up_proj' of 'model.layers.0.mlp.up_proj': what stands behind the block's number, if it has one."""
+    parts = layer.split(".")
+    number = next((place for place, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
+    return ".".join(parts[number + 1 :])
 
 
 def linear_names(layers: list[dict[str, Any]]) -> list[str]:
@@ -306,8 +303,7 @@ def linear_names(layers: list[dict[str, Any]]) -> list[str]:
 
 
 def _paths(layers: list[dict[str, Any]]) -> list[str]:
-    prefix = _common_prefix([line["layer"] for line in layers])
-    return [_any_expert(_inside_block(line, prefix)) for line in layers]
+    return [_any_expert(_inside_block(line["layer"])) for line in layers]
 
 
 def _names(paths: list[str]) -> dict[str, str]:

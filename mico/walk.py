@@ -9,8 +9,10 @@ Suffixes: N windows, B windows of a batch, T tokens, C channels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -46,13 +48,10 @@ class Block:
     """One block on its way through the walk, with the inputs it gets from the blocks before it."""
 
     def __init__(self, index: int, module: nn.Module, family: Family, walker: Carrier, dense: nn.Module | None) -> None:
-        self.index, self.module, self._family, self._walker, self._dense = index, module, family, walker, dense
-        self.streams: dict[str, dict[str, nn.Linear]] = {s.name: linears_of(module, s) for s in family.streams}
+        self.index, self.module, self._walker, self._dense = index, module, walker, dense
+        self._path, self.kinds = family.place(index)
+        self.streams: dict[str, dict[str, nn.Linear]] = {s.name: linears_of(module, s) for s in self.kinds}
         self.outputs: Activations | None = None
-
-    @property
-    def family(self) -> Family:
-        return self._family
 
     @property
     def halvings(self) -> int:
@@ -66,7 +65,7 @@ class Block:
 
     def name_of(self, path: str) -> str:
         """Full name of a Linear of this block inside the model."""
-        return f"{self._family.blocks}.{self.index}.{path}"
+        return f"{self._path}.{path}"
 
     @torch.no_grad()
     def measure(
@@ -78,7 +77,7 @@ class Block:
         which is the shorter way when weights are going to be replaced. The meter of an expert to which no token went
         has seen nothing.
         """
-        wanted = [s for s in self._family.streams if streams is None or s.name in streams]
+        wanted = [s for s in self.kinds if streams is None or s.name in streams]
         meters, outputs = self._fitting(lambda: self._measure(new_meter, wanted, whole=streams is None))
         self.outputs = outputs if streams is None else None
         return meters
@@ -102,7 +101,7 @@ class Block:
     @torch.no_grad()
     def expert_rows(self) -> dict[str, list[int]]:
         """How many rows every stream of an expert gets from each batch that is carried here, as batches were given."""
-        experts = [s for s in self._family.streams if s.expert is not None]
+        experts = [s for s in self.kinds if s.expert is not None]
         return self._fitting(lambda: self._expert_rows(experts)) if experts else {}
 
     def _expert_rows(self, experts: Sequence[Stream]) -> dict[str, list[int]]:
@@ -120,7 +119,7 @@ class Block:
 
     def waves(self) -> Iterator[tuple[Stream, ...]]:
         """The streams in runs that can be measured together before any of a run is replaced, bounded in memory."""
-        for wave in waves(self._family.streams):
+        for wave in waves(self.kinds):
             start = 0
             while start < len(wave):
                 most = max(1, MOMENTS_BYTES // (PAIRED_MATRICES * 8 * self._channels(wave[start]) ** 2))
@@ -129,7 +128,7 @@ class Block:
 
     def measure_paired(self, stream: str) -> PairedMoments:
         """Moments of one stream on the compressed path beside the dense path; stops as soon as both are seen."""
-        return self.measure_wave([next(s for s in self._family.streams if s.name == stream)])[stream]
+        return self.measure_wave([next(s for s in self.kinds if s.name == stream)])[stream]
 
     @torch.no_grad()
     def measure_wave(self, streams: Sequence[Stream]) -> dict[str, PairedMoments]:
@@ -289,20 +288,71 @@ def walk(
 ) -> Iterator[Block]:
     """Yield the blocks of `model` in order, each with the inputs that the blocks before it really produce.
 
-    batches: calibration inputs (`token_batches` for text), without padding. paired: also carry the dense model's
-    activations (one more copy of them, and of one block). resident: for models whose blocks are not all in memory
-    (`LoadedModel.part`). share: the batches that this process carries, where several have a part each. folder: for the
-    hidden states, where they would fill the memory (None: the system's for temporary files). tell: hears, in a line,
-    when that happens and when batches are halved for want of memory. No graph is built, no global state is touched:
-    gradients are on between the blocks if they were.
+    batches: calibration inputs (`token_batches` for text), without padding. Towers of the family come first, with the
+    pictures among the batches alone; what comes after them gets what they make of these as they are then. paired: also
+    carry the dense model's activations (one more copy of them, and of one block). resident: for models whose blocks are
+    not all in memory (`LoadedModel.part`). share: the batches that this process carries, where several have a part
+    each. folder: for the hidden states, where they would fill the memory (None: the system's for temporary files).
+    tell: hears, in a line, when that happens and when batches are halved for want of memory. No graph is built, no
+    global state is touched: gradients are on between the blocks if they were.
     """
-    blocks = lookup(model, family.blocks)
-    assert isinstance(blocks, nn.ModuleList)
+    legs = _legs(model, family, dict(list(enumerate(batches))[share]))
+
+    def carrier(leg: _Leg) -> Carrier:
+        return Carrier(leg.enter, leg.blocks, next(model.parameters()).device, leg.batches, folder, tell, leg.alone)
+
+    carriers: list[Carrier] = []
     with torch.no_grad(), resident(None):
-        walker = Carrier(model, blocks, dict(list(enumerate(batches))[share]), paired, folder, tell)
-    for index, module in enumerate(blocks):
+        for place, leg in enumerate(legs if paired else legs[:1]):  # the dense inputs of all, while all is dense
+            carriers.append(carrier(leg))
+            if paired:
+                carriers[place].keep_dense(again=place > 0)
+    for place, leg in enumerate(legs):
+        if place > 0:
+            with torch.no_grad(), resident(None):
+                if paired:
+                    carriers[0].record()
+                else:
+                    carriers.append(carrier(leg))
+        yield from _blocks(leg, family, carriers.pop(0), paired, resident)
+
+
+def _blocks(leg: _Leg, family: Family, walker: Carrier, paired: bool, resident: Resident) -> Iterator[Block]:
+    last = max(leg.blocks)
+    for index, module in leg.blocks.items():
         with resident(index):
             block = Block(index, module, family, walker, copy.deepcopy(module) if paired else None)
             yield block
-            if index + 1 < len(blocks):  # nobody reads what leaves the last block
+            if index != last:  # nobody reads what leaves the last block
                 block.propagate()
+
+
+@dataclass(frozen=True)
+class _Leg:
+    """Blocks by their numbers that pass hidden states on, and what makes the inputs of the first: see Carrier."""
+
+    enter: Callable[..., Any]
+    blocks: dict[int, nn.Module]
+    batches: Mapping[int, Batch]
+    alone: bool = False
+
+
+def _legs(model: nn.Module, family: Family, batches: Mapping[int, Batch]) -> list[_Leg]:
+    """The towers, which see the pictures alone, and the language model."""
+    base: Any = getattr(model, "base_model", model)
+    seen = {
+        number: {name: tensor for name, tensor in batch.items() if name != "input_ids"}
+        for number, batch in batches.items()
+        if "pixel_values" in batch
+    }
+    legs: list[_Leg] = []
+    for tower in family.towers:
+        if not seen:
+            raise UserError(f"the {tower.name} cannot be calibrated without pictures: give image-text data as --calib")
+        first = sum(len(leg.blocks) for leg in legs)
+        blocks = {first + place: lookup(model, tower.path(place)) for place in range(tower.length)}
+        legs.append(_Leg(base.get_image_features, blocks, seen, tower.count is None))
+    layers = lookup(model, family.blocks)
+    assert isinstance(layers, nn.ModuleList)
+    numbered = dict(enumerate(layers, family.offset))
+    return [*legs, _Leg(functools.partial(base, use_cache=False), numbered, batches)]

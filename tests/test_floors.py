@@ -22,7 +22,7 @@ FLOORS = (  # from the roof to the basement; a room is one top-level file or fol
         {"walk", "loading", "methods", "metrics", "qat", "files", "runs", "stages", "solve", "reference"}
         | {"console", "tables", "summary", "costs", "callable", "card", "checkpoint", "exports", "forecast", "plugin"}
         | {"team", "follow", "ends", "comparison", "activations", "preflight", "pages"}
-        | {"push", "tracking", "visual_tokens"},
+        | {"push", "tracking", "calibration", "visual_tokens"},
     ),
     ("ground", {"adapters", "channels", "packed", "data", "image_text"}),
     ("basement", {"errors", "profiles", "settings"}),

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import mico
+import mico.calibration as calibration
 import mico.plan as verb
-import mico.stages as stages
 from mico import cli
 from mico.errors import UserError
 from mico.preflight import check_coverage
@@ -39,7 +39,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: Any, **__: Any) -> None:
         raise AssertionError("the text was read")
 
-    monkeypatch.setattr(stages, "load_text", read)
+    monkeypatch.setattr(calibration, "load_text", read)
     monkeypatch.setattr(mico.preflight, "KNN_CHANNELS", 41)
 
 

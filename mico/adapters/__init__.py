@@ -6,11 +6,13 @@ from typing import Any
 
 from mico.adapters.family import Family
 from mico.adapters.llama import LLAMA, MISTRAL, QWEN2, QWEN3
-from mico.adapters.llava import LLAVA
+from mico.adapters.llava import LLAVA, with_towers
 from mico.adapters.minicpm import MINICPM, MINICPM3
 from mico.adapters.moe import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from mico.adapters.opt import OPT
 from mico.errors import UserError
+
+__all__ = ["FAMILIES", "auto_class", "family_of", "family_row", "with_towers"]
 
 FAMILIES: tuple[Family, ...] = (
     OPT, LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, MINICPM, MINICPM3, LLAVA,

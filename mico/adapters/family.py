@@ -28,14 +28,34 @@ class Stream:
 
 
 @dataclass(frozen=True)
+class Tower:
+    """Blocks that see images, compressed when asked for; they come before those of the language model.
+
+    blocks: path of their list, or of one block by itself where `count` is None.
+    """
+
+    name: str
+    blocks: str
+    streams: tuple[Stream, ...]
+    count: int | None = None
+
+    @property
+    def length(self) -> int:
+        return 1 if self.count is None else self.count
+
+    def path(self, index: int) -> str:
+        return self.blocks if self.count is None else f"{self.blocks}.{index}"
+
+
+@dataclass(frozen=True)
 class Family:
     """Paths of one family. `streams` are in dependency order: the output of one feeds a later one.
 
-    before: modules that turn token ids into the input of block 0; after: modules between the last block and
-    the logits; vision: modules that see images, which stay dense; fit: the row as a model of this config needs it,
-    UserError where mico cannot take the config; auto: the class of transformers that loads a model with its head;
-    ships_code: its checkpoints ask for code of their own, which is ignored: a class of transformers or of mico does
-    the same.
+    before: modules that turn token ids into the input of block 0; after: modules between the last block and the logits;
+    vision: modules that see images; towers: what of them is compressed too, in the order of the data; fit: the row as a
+    model of this config needs it, UserError where mico cannot take the config; auto: the class of transformers that
+    loads a model with its head; ships_code: its checkpoints ask for code of their own, which is ignored: a class of
+    transformers or of mico does the same.
     """
 
     name: str
@@ -48,6 +68,20 @@ class Family:
     fit: Callable[[Family, Any], Family] | None = None
     auto: str = "AutoModelForCausalLM"
     ships_code: bool = False
+    towers: tuple[Tower, ...] = ()
+
+    @property
+    def offset(self) -> int:
+        """Blocks of the towers: they have the first numbers, the language model's follow."""
+        return sum(tower.length for tower in self.towers)
+
+    def place(self, index: int) -> tuple[str, tuple[Stream, ...]]:
+        """Path and streams of the block of a number."""
+        for tower in self.towers:
+            if index < tower.length:
+                return tower.path(index), tower.streams
+            index -= tower.length
+        return f"{self.blocks}.{index}", self.streams
 
 
 def waves(streams: Sequence[Stream]) -> list[tuple[Stream, ...]]:

@@ -55,7 +55,7 @@ class LoadedModel:
         They are dropped afterwards when the model is streamed.
         """
         if self.store is None:
-            yield self.model if index is None else lookup(self.model, f"{self.family.blocks}.{index}")
+            yield self.model if index is None else lookup(self.model, self.family.place(index)[0])
             return
         try:
             yield self.store.fill(index)
@@ -272,10 +272,9 @@ def coverage(model: nn.Module, family: Family) -> float:
     """Share of the weights between embeddings and head that the family's streams cover.
 
     Counted are all matrices of the language model (fused ones too), its router among them, and their biases; not what
-    sees images, which `describe` states.
+    sees images and stays dense, which `describe` states.
     """
-    blocks = lookup(model, family.blocks).children()
-    covered = [linear for block in blocks for stream in family.streams for linear in linears_of(block, stream).values()]
+    covered = list(_covered(model, family))
     ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
     apart = {id(parameter) for end in (*ends, *_vision(model, family)) for parameter in end.parameters()}
     total = 0
@@ -286,15 +285,27 @@ def coverage(model: nn.Module, family: Family) -> float:
     return sum(parameter.numel() for linear in covered for parameter in linear.parameters()) / total
 
 
-def stream_widths(config: Any, trust_remote_code: bool = False) -> dict[str, int]:
-    """Input channels of every stream, from the config of a model alone."""
-    family = family_of(config)
+def _covered(model: nn.Module, family: Family) -> Iterator[nn.Linear]:
+    """The Linears of all streams, those of towers first."""
+    layers = len(list(lookup(model, family.blocks).children()))
+    for path, streams in map(family.place, range(family.offset + layers)):
+        block = lookup(model, path)
+        for stream in streams:
+            yield from linears_of(block, stream).values()
+
+
+def stream_widths(config: Any, trust_remote_code: bool = False, family: Family | None = None) -> dict[str, int]:
+    """Input channels of every stream, from the config of a model alone; family: one with towers."""
+    family = family or family_of(config)
     code = trust_remote_code and not family.ships_code
     with quiet(), torch.device("meta"):
         model = auto_class(config.model_type).from_config(config, trust_remote_code=code)
     unfuse(model)
-    block = next(iter(lookup(model, family.blocks).children()))
-    return {s.name: next(iter(linears_of(block, s).values())).in_features for s in family.streams}
+    found: dict[str, int] = {}
+    for path, streams in [(tower.path(0), tower.streams) for tower in family.towers] + [family.place(family.offset)]:
+        block = lookup(model, path)
+        found |= {s.name: next(iter(linears_of(block, s).values())).in_features for s in streams}
+    return found
 
 
 def copy_processor(source: Path, target: Path) -> None:
@@ -305,7 +316,11 @@ def copy_processor(source: Path, target: Path) -> None:
 
 
 def _vision(model: nn.Module, family: Family) -> list[nn.Module]:
-    return [lookup(model, path) for path in family.vision]
+    """The modules that see images and stay dense."""
+    compressed = [tower.blocks for tower in family.towers]
+    return [
+        lookup(model, path) for path in family.vision if not any(blocks.startswith(path) for blocks in compressed)
+    ]  # fmt: skip
 
 
 def describe(model: Any, family: Family) -> dict[str, Any]:
@@ -331,4 +346,6 @@ def describe(model: Any, family: Family) -> dict[str, Any]:
         facts["experts"] = len(experts)
     if family.vision:
         facts["vision"] = sum(p.numel() for module in _vision(model, family) for p in module.parameters())
+    if family.towers:
+        facts["towers"] = ", ".join(tower.name for tower in family.towers)
     return facts
