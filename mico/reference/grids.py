@@ -63,7 +63,8 @@ def patches(cells: tuple[Cell, ...]) -> set[int]:
 def examples(
     split: str, count: int, seed: int = 0, *, cells: int = CELLS, background: str = "plain", per_image: int = 8
 ) -> Iterator[GridExample]:
-    """Yield `count` pictures, each with `per_image` questions about its upper left `cells` x `cells` cells.
+    """Yield `count` pictures, each with `per_image` questions about its upper left `cells` x `cells` cells;
+    the others are empty.
 
     The questions of a picture take turns: read, find (yes), compare, find (no, same row), and so on; the same arguments
     give the same pictures. Raises ValueError for an unknown split or background.
@@ -74,7 +75,7 @@ def examples(
         raise ValueError(f"background {background!r}: choose from {', '.join(BACKGROUNDS)}")
     rng = np.random.default_rng([SPLITS.index(split), seed])
     for _ in range(count):
-        digits, pictures = draw(rng, split, 1, [background])
+        digits, pictures = draw(rng, split, [background], cells)
         questions = ask(rng, digits[0], per_image, cells)
         yield GridExample(Image.fromarray(pictures[0]), tuple(map(tuple, digits[0].tolist())), tuple(questions))
 
@@ -82,11 +83,14 @@ def examples(
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
-def draw(rng: np.random.Generator, split: str, count: int, backgrounds: list[str]) -> tuple[Any, Any]:
-    """Digits (count, 6, 6) and pictures (count, 48, 48, 3) as uint8; backgrounds: one a picture."""
+def draw(rng: np.random.Generator, split: str, backgrounds: list[str], cells: int = CELLS) -> tuple[Any, Any]:
+    """Digits (N, 6, 6) and pictures (N, 48, 48, 3) as uint8, one a background; cells after `cells` stay empty."""
+    count = len(backgrounds)
     bank, labels = _digits(split)
     chosen = rng.integers(len(labels), size=(count, CELLS, CELLS))
     ink = bank[rng.integers(len(bank), size=chosen.shape), chosen]  # N, 6, 6, 8, 8 in 0..1
+    ink[:, cells:] = 0
+    ink[:, :, cells:] = 0
     ink_NHW = ink.transpose(0, 1, 3, 2, 4).reshape(count, SIDE, SIDE)
     if split == "train":
         ink_NHW = ink_NHW * rng.uniform(0.7, 1.0, (count, 1, 1))
@@ -152,8 +156,8 @@ def ask(rng: np.random.Generator, digits: Any, count: int, cells: int = CELLS) -
     questions: list[GridQuestion] = []
     while len(questions) < count:
         row = int(rng.integers(cells))
-        questions += [_read(rng, digits, cells), _find(rng, digits, row, True)]
-        questions += [_compare(rng, digits, cells), _find(rng, digits, row, False)]
+        questions += [_read(rng, digits, cells), _find(rng, digits, row, cells, True)]
+        questions += [_compare(rng, digits, cells), _find(rng, digits, row, cells, False)]
     return questions[:count]
 
 
@@ -170,7 +174,7 @@ def _read(rng: np.random.Generator, digits: Any, cells: int) -> GridQuestion:
 
 def _compare(rng: np.random.Generator, digits: Any, cells: int) -> GridQuestion:
     first, second = _cell(rng, cells), _cell(rng, cells)
-    while first == second:
+    while first == second and cells > 1:
         second = _cell(rng, cells)
     named = [f"row {row + 1}, column {column + 1}" for row, column in (first, second)]
     larger = max(digits[first], digits[second])
@@ -179,9 +183,9 @@ def _compare(rng: np.random.Generator, digits: Any, cells: int) -> GridQuestion:
     )
 
 
-def _find(rng: np.random.Generator, digits: Any, row: int, present: bool) -> GridQuestion:
-    there = sorted(set(digits[row].tolist()))
+def _find(rng: np.random.Generator, digits: Any, row: int, cells: int, present: bool) -> GridQuestion:
+    there = sorted(set(digits[row, :cells].tolist()))
     pool = there if present else [digit for digit in range(10) if digit not in there]
     digit = pool[rng.integers(len(pool))]
-    cells = tuple((row, column) for column in range(CELLS))
-    return GridQuestion("find", f"Is there a {digit} in row {row + 1}?", "yes" if present else "no", cells)
+    searched = tuple((row, column) for column in range(cells))
+    return GridQuestion("find", f"Is there a {digit} in row {row + 1}?", "yes" if present else "no", searched)
