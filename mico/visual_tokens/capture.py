@@ -60,13 +60,12 @@ def query_names(attention: nn.Module, where: str) -> tuple[str, str]:
 
 
 def rotated_heads(watch: Watch, rope: tuple[torch.Tensor, torch.Tensor]) -> Heads:
-    """What a decoder layer attended with, after RoPE (Llama's form: the halves of a head form the pairs)."""
+    """What a decoder layer attended with, after RoPE in its dtype (Llama's: the halves of a head form the pairs)."""
     attention: Any = watch.attention
     width = attention.head_dim
-    cos, sin = (part[:, None].float() for part in rope)
+    cos, sin = (part[:, None] for part in rope)
 
     def turn(x: torch.Tensor) -> torch.Tensor:
-        x = x.float()
         first, second = x[..., : width // 2], x[..., width // 2 :]
         return x * cos + torch.cat((-second, first), -1) * sin
 

@@ -50,11 +50,12 @@ class Prefill:
         evidence = self.evidence(stage, layer, heads)
         with torch.no_grad():
             scores_BV = self.rules.method.scorer(evidence)
-        if scores_BV.shape != evidence.real_BV.shape:
-            raise UserError(
-                f"method {self.rules.method.name!r}: scores of shape {tuple(scores_BV.shape)} for visual tokens "
-                f"{tuple(evidence.real_BV.shape)}"
-            )
+        shape = tuple(scores_BV.shape)
+        if shape != tuple(evidence.real_BV.shape):
+            wanted = tuple(evidence.real_BV.shape)
+            raise UserError(f"method {self.rules.method.name!r}: scores of shape {shape} for visual tokens {wanted}")
+        if scores_BV[evidence.real_BV].isnan().any():
+            raise UserError(f"method {self.rules.method.name!r}: scores behind layer {layer} that are no numbers")
         scores_BV = scores_BV.float().masked_fill(~evidence.real_BV, -torch.inf)
         keep_B = self.counts(stage, evidence)
         ranked_BV = scores_BV.argsort(dim=1, descending=True, stable=True)
@@ -130,7 +131,7 @@ class Prefill:
                 trace.scoring_flops[sample] += trace.shape.scoring(raters, count) if self.schedules[sample] else 0
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024, typed=True)  # 1 is a token, 1.0 is all of them
 def planned(make: Callable[[float, int, int], Schedule], retain: int | float, visual: int, depth: int) -> Schedule:
     """The schedule of a sample; images of one size share theirs."""
     return make(target(retain, visual), visual, depth)

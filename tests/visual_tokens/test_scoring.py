@@ -84,9 +84,8 @@ def frequencies(width: int) -> torch.Tensor:
 def test_gravity_is_what_rope_makes_of_ones_and_stays_positive(width: int, first: int) -> None:
     distance = torch.arange(first + 100)
     found = gravity(distance, frequencies(width))
-    naive = torch.tensor(
-        [sum(2 * math.cos(n * float(f)) for f in frequencies(width)) / math.sqrt(width) for n in distance.tolist()]
-    )
+    each = frequencies(width).tolist()
+    naive = torch.tensor([sum(2 * math.cos(n * f) for f in each) / math.sqrt(width) for n in distance.tolist()])
     assert int((naive <= 0).nonzero()[0]) == first, "the distance at which it turns negative"
     floor = 0.05 * math.sqrt(width)
     assert torch.allclose(found, naive.clamp_min(floor), atol=1e-4) and float(found.min()) > 0

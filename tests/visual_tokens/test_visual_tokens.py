@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from mico.errors import UserError
 from mico.visual_tokens import METHODS, VERSIONS, Evidence, Method, enable
 from mico.visual_tokens.budgets import Schedule
 from tests.visual_tokens.naive import sparsevlm
@@ -143,6 +144,15 @@ def test_images_and_text_in_one_batch(model: Any) -> None:
         )
 
 
+def test_one_token_is_not_all_of_them(model: Any) -> None:
+    """1 == 1.0, and both have the same hash."""
+    inputs = dict(input_ids=prompt(3, 6), pixel_values=picture())
+    for retain, left in ((1, 1), (1.0, VISUAL), (1, 1)):
+        with enable(model, retain, "cls") as pruning:
+            logits(model, **inputs)
+        assert len(pruning.trace.kept[0][0]) == left
+
+
 def test_several_images_are_one_set(model: Any) -> None:
     ids = torch.cat((prompt(3, 4), prompt(2, 6, seed=3)), 1)
     pixels = picture(count=2)
@@ -240,10 +250,18 @@ def test_gradients_flow_through_what_is_kept(model: Any) -> None:
     try:
         for weight in weights:
             weight.requires_grad_(True)
-        with enable(model, 12, version="1.0"):
-            model.train()(input_ids=ids, pixel_values=picture(), labels=labels).loss.backward()
-        assert all(float(weight.grad.abs().sum()) > 0 for weight in weights)
+        found = []
+        for checkpointing in (False, True):
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.zero_grad()
+            with enable(model, 12, version="1.0"):
+                model.train()(input_ids=ids, pixel_values=picture(), labels=labels).loss.backward()
+            found.append([weight.grad.clone() for weight in weights])
+        assert all(float(grad.abs().sum()) > 0 for grad in found[0])
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
     finally:
+        model.gradient_checkpointing_disable()
         model.eval().requires_grad_(False).zero_grad()
 
 
@@ -276,3 +294,14 @@ def test_a_method_of_your_own(model: Any) -> None:
 
 def test_versions_are_rows_like_any_other() -> None:
     assert METHODS["sparsevlm"] is VERSIONS["2.0"] and replace(VERSIONS["1.0"], name="x").recycle
+
+
+def test_scores_that_are_no_scores_are_refused(model: Any) -> None:
+    inputs = dict(input_ids=prompt(3, 6), pixel_values=picture())
+    for scorer, message in (
+        (lambda evidence: evidence.hidden_BND, r"method 'own': scores of shape \(1, 45, 32\)"),
+        (lambda evidence: evidence.real_BV / 0 * 0, "method 'own': scores behind layer 0 that are no numbers"),
+    ):
+        own = replace(METHODS["random"], name="own", scorer=scorer)
+        with enable(model, 9, own), pytest.raises(UserError, match=message):
+            logits(model, **inputs)
