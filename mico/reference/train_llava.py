@@ -1,10 +1,10 @@
 """Train tiny-llava, the shipped vision-language model, on grids of digits (`pipelines/train_llava.sh` calls this).
 
 The questions of a picture are trained in one sequence, each of which sees the picture and itself only (a block mask,
-with positions that start again), so that 8 questions cost one picture. The vision tower first learns to tell digits
-and places. Then the whole model answers, first about a single digit, and about more whenever it is right often
-enough: with 36 digits from the start it does not find out where to look. Killed, it goes on from its last checkpoint.
-`python -m mico.reference.train_llava --help`.
+with positions that start again), so that 8 questions cost one picture. Vision tower and projector first learn to give
+digits their embeddings, and places. Then the whole model answers, first about a single digit, and about more whenever
+it is right often enough: with 36 digits from the start it does not find out where to look. Killed, it goes on from its
+last checkpoint. `python -m mico.reference.train_llava --help`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PHOTOS = 0.3  # share of the training pictures with a photograph behind the digi
 SHORTS = 0.25  # share of the questions that ask for a word or a phrase as the suites do
 BATCHES = {1: (32, 2), 2: (24, 4), 3: (20, 6)}  # pictures a step, and questions a picture, for so many cells
 BATCH = (16, 8)  # for more cells
-ENOUGH, WINDOW = 0.8, 25  # right answers of the last steps after which a row and a column of cells are added
+ENOUGH, WINDOW = 0.7, 25  # right answers of the last steps after which a row and a column of cells are added
 VISION_STEPS, VISION_BATCH = 400, 32
 KEPT = 250  # steps between two checkpoints
 CHECK = 400  # test pictures
@@ -47,7 +47,7 @@ CHECK = 400  # test pictures
 
 @dataclass(frozen=True)
 class Recipe:
-    steps: int = 5_000
+    steps: int = 3_500
     peak: float = 2e-3  # learning rate of AdamW: embeddings, vision tower, projector
     muon: float = 1e-2  # of Muon: matrices of the language model
     seed: int = 0
@@ -211,12 +211,13 @@ def answer_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def train_vision(model: Any, recipe: Recipe, steps: int = VISION_STEPS) -> None:
-    """Teach vision tower and projector which digit a cell shows and where a patch is, by linear heads thrown away."""
+def train_vision(model: Any, recipe: Recipe, tokenizer: Any, steps: int = VISION_STEPS) -> None:
+    """Align what the projector makes of a cell with its digit's embedding; a head, thrown away, asks for places."""
     inner, device, side = model.model, model.device, SIDE // PATCH
-    what = torch.nn.Linear(model.config.text_config.hidden_size, 10).to(device)
+    ids = [tokenizer(f" {digit}", add_special_tokens=False).input_ids[-1] for digit in range(10)]
+    names = inner.get_input_embeddings().weight.detach()[ids]
     where = torch.nn.Linear(model.config.text_config.hidden_size, 2 * CELLS).to(device)
-    parts = (inner.vision_tower, inner.multi_modal_projector, what, where)
+    parts = (inner.vision_tower, inner.multi_modal_projector, where)
     parameters = [parameter for part in parts for parameter in part.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.peak, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
     places = torch.arange(side, device=device).div(side // CELLS, rounding_mode="floor")
@@ -228,7 +229,7 @@ def train_vision(model: Any, recipe: Recipe, steps: int = VISION_STEPS) -> None:
             group["lr"] = recipe.peak * min(1.0, (step + 1) / WARMUP_STEPS, 1.01 - step / steps)
         features = image_features(model, to_pixels(pictures))
         cells = features.view(VISION_BATCH, CELLS, side // CELLS, CELLS, side // CELLS, -1).mean((2, 4))
-        seen, placed = what(cells).flatten(0, 2), where(features)
+        seen, placed = (cells @ names.T).flatten(0, 2), where(features)
         truth = torch.from_numpy(digits).flatten().to(device)
         loss = functional.cross_entropy(seen, truth)
         loss = loss + functional.cross_entropy(placed[:, :CELLS], rows)
@@ -287,7 +288,7 @@ def train(recipe: Recipe, tokenizer: Any, work: Path, device: torch.device, visi
         progress = Progress(**state["progress"])
         print(f"resumed at step {progress.step} of {recipe.steps}", flush=True)
     else:
-        train_vision(model, recipe, vision_steps)
+        train_vision(model, recipe, tokenizer, vision_steps)
     started, first = time.monotonic(), progress.step
     while progress.step < recipe.steps:
         _step(model, recipe, steppers, progress, tokenizer)
