@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,18 @@ def load_suite(name: str, folder: Path | None) -> list[Question]:
 
 
 def part_of(questions: Sequence[Question], limit: float | None) -> list[Question]:
-    """`limit` questions, or that share of them below 1, spread evenly over the suite; pairs stay together."""
+    """`limit` questions, or that share of them below 1, always the same ones; pairs stay together.
+
+    They are drawn, as suites have periods that every n-th question would follow. A smaller limit gives a part of what a
+    larger one does.
+    """
     if limit is None:
         return list(questions)
     wanted = min(len(questions), max(1, int(limit) if limit >= 1 else math.ceil(limit * len(questions))))
-    keyed = enumerate(questions)
-    together = [[one for _, one in group] for _, group in groupby(keyed, lambda item: item[1].pair or str(item[0]))]
-    count = min(len(together), math.ceil(wanted * len(together) / len(questions)))
-    chosen = [one for place in range(count) for one in together[place * len(together) // count]]
-    return chosen[:wanted]
+    groups: dict[str, list[int]] = {}
+    for place, question in enumerate(questions):
+        groups.setdefault(question.pair or f"alone {place}", []).append(place)
+    order = list(groups.values())
+    random.Random(0).shuffle(order)
+    drawn = list(chain.from_iterable(order))[:wanted]
+    return [questions[place] for place in sorted(drawn)]

@@ -266,7 +266,7 @@ def test_a_killed_run_goes_on_where_it_was(folder, small, tmp_path, monkeypatch)
 
 def test_answers_of_other_models_data_and_options_are_not_taken(folder, small, tmp_path, monkeypatch):
     ask_grids(folder, tmp_path / "out", limit=8)
-    assert ask_grids(folder, tmp_path / "out", limit=12)["suites"][0]["reused"] >= 4  # the same questions
+    assert ask_grids(folder, tmp_path / "out", limit=12)["suites"][0]["reused"] == 8
     assert ask_grids(folder, tmp_path / "out", dtype="bfloat16", limit=8)["suites"][0]["reused"] == 0
     other = SUITES["grids"]
     monkeypatch.setitem(SUITES, "grids", Suite(other.load, other.score, other.rows, False, 5))
@@ -378,8 +378,15 @@ def test_a_limit_takes_questions_from_all_over_and_keeps_pairs():
         assert len(part) == size and len({one.id for one in part}) == size
         alone = [one for one in part if sum(other.pair == one.pair for other in part) == 1]
         assert len(alone) <= 1
-    places = [int(one.id) for one in part_of(pairs, 10)]
-    assert places == sorted(places) and places[-1] >= 80 and places[0] == 0
+    places = [int(one.id) for one in part_of(pairs, 20)]
+    assert places == sorted(places) and places[-1] >= 60 and places[0] < 40
+    assert {one.id for one in part_of(pairs, 10)} < {one.id for one in part_of(pairs, 20)}
+
+
+def test_a_limit_does_not_follow_the_period_of_a_suite():
+    questions = grids.load(20)
+    kinds = [one.about["kind"] for one in part_of(questions, 20)]
+    assert set(kinds) == {"read", "compare", "find"}
 
 
 def test_names_of_the_command_line_are_those_of_the_table():
