@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import distributed
-from torch import nn
+from torch import distributed, nn
 
 DECAY = 0.98  # of the averages, a batch: about the last fifty count
 

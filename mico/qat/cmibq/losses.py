@@ -13,8 +13,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import distributed
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional
 
 WIDTH = 256

@@ -51,7 +51,7 @@ class ActivationGrid:
             grid = cls(linears, channels, bits, scale, zero)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"activation grid of '{name}': {error!r:.80}: damaged, export the model again") from None
-        wrong = {
+        wrong: dict[str, list[Any]] = {
             "bits": [bits for bits in grid.bits_G if bits not in BITS],
             "scale": [scale for scale in grid.scale_G if not (0 < scale < math.inf)],
             "zero": [zero for zero in grid.zero_G if not math.isfinite(zero)],

@@ -92,7 +92,7 @@ def test_temperature_moves_and_stays_in_its_range() -> None:
         found.loss.backward()
         optimizer.step()
         seen.append(found.temperature.item())
-    assert seen[1] != seen[0] and max(seen) > 0.0701 or min(seen) < 0.0699
+    assert (seen[1] != seen[0] and max(seen) > 0.0701) or min(seen) < 0.0699
     assert found.acc_v2t == found.acc_t2v == 1 and found.loss < 0.1
     module.logit_scale.data.fill_(9.0)
     assert module(vision_BD, text_BD, text_key_B).temperature.item() == pytest.approx(1 / 100, rel=1e-4)

@@ -81,7 +81,7 @@ def test_learning_the_prior_and_larger_steps_lower_the_rate() -> None:
     first = rate(x_TC, step_1C, prior, generator())
     first.backward()
     assert step_1C.grad is not None and torch.all(step_1C.grad < 0)
-    optimizer = torch.optim.Adam(prior.parameters(), lr=0.05)
+    optimizer = torch.optim.Adam(prior.parameters(), lr=0.1)
     for turn in range(150):
         optimizer.zero_grad()
         rate(x_TC, step_1C.detach(), prior, generator(turn)).backward()
