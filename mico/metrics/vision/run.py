@@ -39,7 +39,9 @@ class Tokens:
             raise UserError(f"--retain-tokens {self.retain}: must be at least 1")
         from mico.visual_tokens.methods import method_of
 
-        method_of(self.method, self.version)
+        needs = method_of(self.method, self.version).needs
+        if self.adaptive and "raters" not in needs:
+            raise UserError(f"--adaptive: {self.method} has no raters whose attention has a rank: leave it out")
 
 
 @dataclass(frozen=True)
