@@ -39,7 +39,10 @@ PHOTOS = 0.3  # share of the training pictures with a photograph behind the digi
 SHORTS = 0.25  # share of the questions that ask for a word or a phrase as the suites do
 BATCHES = {1: (32, 2), 2: (24, 4), 3: (20, 6)}  # pictures a step, and questions a picture, for so many cells
 BATCH = (16, 8)  # for more cells
-ENOUGH, WINDOW = 0.7, 25  # right answers of the last steps after which a row and a column of cells are added
+ENOUGH, WINDOW = (
+    0.85,
+    25,
+)  # right digits, of the answers of the last steps, after which a row and a column of cells are added
 VISION_STEPS, VISION_BATCH = 400, 32
 KEPT = 250  # steps between two checkpoints
 CHECK = 400  # test pictures
@@ -48,8 +51,8 @@ CHECK = 400  # test pictures
 @dataclass(frozen=True)
 class Recipe:
     steps: int = 3_500
-    peak: float = 2e-3  # learning rate of AdamW: embeddings, vision tower, projector
-    muon: float = 1e-2  # of Muon: matrices of the language model
+    peak: float = 1e-3  # learning rate of AdamW: embeddings, vision tower, projector
+    muon: float = 3e-3  # of Muon: matrices of the language model
     seed: int = 0
 
     def share(self, step: int) -> float:
@@ -168,7 +171,7 @@ def training_batch(recipe: Recipe, step: int, cells: int, tokenizer: Any) -> Bat
     """The same for the same step, whatever came before: a resumed training sees what it would have seen."""
     rng = np.random.default_rng([recipe.seed, step])
     count, questions = BATCHES.get(cells, BATCH)
-    digits, pictures = draw(rng, "train", _backgrounds(rng, count), cells)
+    digits, pictures = draw(rng, "train", _backgrounds(rng, count, PHOTOS * (cells == CELLS)), cells)
     asked = []
     for one in digits:
         drawn = ask(rng, one, BATCH[1], cells)
@@ -176,8 +179,8 @@ def training_batch(recipe: Recipe, step: int, cells: int, tokenizer: Any) -> Bat
     return make_batch(pictures, asked, rng.random((count, questions)) < SHORTS, tokenizer)
 
 
-def _backgrounds(rng: np.random.Generator, count: int) -> list[str]:
-    return ["photo" if chance < PHOTOS else "plain" for chance in rng.random(count)]
+def _backgrounds(rng: np.random.Generator, count: int, share: float) -> list[str]:
+    return ["photo" if chance < share else "plain" for chance in rng.random(count)]
 
 
 def to_pixels(pictures: Any) -> torch.Tensor:
@@ -214,8 +217,7 @@ def answer_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]
 def train_vision(model: Any, recipe: Recipe, tokenizer: Any, steps: int = VISION_STEPS) -> None:
     """Align what the projector makes of a cell with its digit's embedding; a head, thrown away, asks for places."""
     inner, device, side = model.model, model.device, SIDE // PATCH
-    ids = [tokenizer(f" {digit}", add_special_tokens=False).input_ids[-1] for digit in range(10)]
-    names = inner.get_input_embeddings().weight.detach()[ids]
+    names = inner.get_input_embeddings().weight.detach()[digit_ids(tokenizer)]
     where = torch.nn.Linear(model.config.text_config.hidden_size, 2 * CELLS).to(device)
     parts = (inner.vision_tower, inner.multi_modal_projector, where)
     parameters = [parameter for part in parts for parameter in part.parameters()]
@@ -224,7 +226,7 @@ def train_vision(model: Any, recipe: Recipe, tokenizer: Any, steps: int = VISION
     rows, columns = places.repeat_interleave(side).repeat(VISION_BATCH), places.repeat(side * VISION_BATCH)
     for step in range(steps):
         rng = np.random.default_rng([recipe.seed, step, 1])
-        digits, pictures = draw(rng, "train", _backgrounds(rng, VISION_BATCH))
+        digits, pictures = draw(rng, "train", _backgrounds(rng, VISION_BATCH, PHOTOS))
         for group in optimizer.param_groups:
             group["lr"] = recipe.peak * min(1.0, (step + 1) / WARMUP_STEPS, 1.01 - step / steps)
         features = image_features(model, to_pixels(pictures))
@@ -244,6 +246,11 @@ def train_vision(model: Any, recipe: Recipe, tokenizer: Any, steps: int = VISION
     model.zero_grad()
 
 
+def digit_ids(tokenizer: Any) -> list[int]:
+    """Token ids of the answers 0 to 9."""
+    return [tokenizer(f" {digit}", add_special_tokens=False).input_ids[-1] for digit in range(10)]
+
+
 def optimizers(model: Any, recipe: Recipe) -> list[tuple[torch.optim.Optimizer, float]]:
     """Muon for the matrices of the language model, AdamW for the rest; each with its highest learning rate."""
     matrices = [p for p in model.model.language_model.layers.parameters() if p.ndim == 2]
@@ -257,7 +264,7 @@ def optimizers(model: Any, recipe: Recipe) -> list[tuple[torch.optim.Optimizer, 
 
 @dataclass
 class Progress:
-    """Where a training is: steps done, cells asked about, and the share of right answers of the last steps."""
+    """Where a training is: steps done, cells asked about, and the shares of right digits in the last steps."""
 
     step: int = 0
     cells: int = 1
@@ -317,8 +324,8 @@ def _step(model: Any, recipe: Recipe, steppers: Any, progress: Progress, tokeniz
             group["lr"] = highest * recipe.share(progress.step)
         optimizer.step()
         optimizer.zero_grad()
-    answers = labels != tokenizer.eos_token_id
-    progress.add(loss.item(), (logits.argmax(-1) == labels)[answers].float().mean().item())
+    digits = torch.isin(labels, torch.tensor(digit_ids(tokenizer), device=labels.device))
+    progress.add(loss.item(), (logits.argmax(-1) == labels)[digits].float().mean().item())
 
 
 @torch.no_grad()
