@@ -1,4 +1,4 @@
-"""Verb: model and text in, activation statistics of every stream on disk (mico calibrate)."""
+"""Verb: model and calibration data in, activation statistics of every stream on disk (mico calibrate)."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def section(result: dict[str, Any]) -> Section:
     columns = ("stream", "blocks", "channels", "rows", "rms", "peak", "dead")
     lines = (
         "rms: of all channels, over the blocks; peak: of the largest channel; dead: channels that are always 0.",
-        f"{result['tokens']:,} tokens in windows of {result['seqlen']:,}",
+        result["calibration"],
         f"statistics in {result['folder']}",
     )
     return Section(f"Activations of {result['model']}", columns, tuple(rows), lines)

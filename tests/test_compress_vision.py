@@ -23,6 +23,7 @@ from mico.packed.linear import PackedLinear
 from mico.solve import Solver
 from mico.walk import walk
 from tests.adapters.llava_models import TEXT, VISION, tiny_llava
+from tests.adapters.test_families import build
 from tests.pictures import IMAGE, archive, instruct, llava_folder, picture
 from tests.test_walk import Rows, disturb, same
 from tests.tiny import VOCABULARY, save_model
@@ -67,10 +68,12 @@ def batches_of(space: Path, size: int = 3, count: int = 16) -> list[dict[str, Te
     return pairs(load_image_text(space / "pairs.json", space / "images"), processor, count, 128, 0).batches(size)
 
 
-def hooked(model: Any, family: Any, batches: list[dict[str, Tensor]]) -> dict[tuple[int, str], list[Tensor]]:
+def hooked(
+    model: Any, family: Any, batches: list[dict[str, Tensor]], blocks: int = BLOCKS
+) -> dict[tuple[int, str], list[Tensor]]:
     """Inputs of every stream in plain forwards of the whole model, batch by batch."""
     found, handles = {}, []
-    for index in range(BLOCKS):
+    for index in range(blocks):
         path, streams = family.place(index)
         for stream in streams:
             rows = found.setdefault((index, stream.name), [])
@@ -161,6 +164,21 @@ def test_batches_halved_on_the_way_change_nothing(space: Path, monkeypatch: pyte
     assert len(notes) == 3 and all("halved to 2 windows" in note for note in notes)
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max()))
+
+
+def test_tiles_of_llava_next_are_measured_in_the_tower_too() -> None:
+    model = build("llava-next-mistral")
+    family = with_towers(family_of(model.config), model.config, vision=True, projector=True)
+    seen = dict(pixel_values=torch.randn(1, 3, 3, 8, 8, generator=torch.Generator().manual_seed(3)))
+    seen |= dict(image_sizes=torch.tensor([[8, 16]]))  # two tiles and the whole
+    with torch.no_grad():
+        visual = len(model.model.get_image_features(**seen).pooler_output[0])
+    batches = [seen | dict(input_ids=torch.tensor([[5, 6, *[79] * visual, 7]])), dict(input_ids=torch.tensor([[5, 6]]))]
+    expected = hooked(model, family, batches, blocks=family.offset + 2)
+    for block in walk(model, family, batches):
+        for name, meter in block.measure(Rows).items():
+            same(meter.batches, expected.pop((block.index, name)))
+    assert not expected
 
 
 # --- compress -------------------------------------------------------------------------------------------------------
@@ -259,6 +277,20 @@ def test_it_answers_about_a_picture_at_few_bits(space: Path, wbits: int, tmp_pat
     assert answer.shape[1] == inputs["input_ids"].shape[1] + 5
     near = (seen_logits(model, space) - seen_logits(tiny_llava(VOCABULARY + 4, IMAGE), space)).abs().mean()
     assert near < (0.05 if wbits == 8 else 0.8)
+
+
+def test_the_pictures_of_digits_that_come_with_mico_calibrate_any_model_that_sees(space: Path) -> None:
+    found = [
+        mico.calibrate(
+            str(space / "tiny"), calib="grids", nsamples=5, seed=seed, batch_size=1, save=str(space / f"grids-{name}")
+        )
+        for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    ]
+    assert "image-text pairs of grids from mico's own pictures of digits, seed 3" in found[0]["calibration"]
+    assert "20 of them visual, in 5 samples with 5 pictures" in found[0]["calibration"]
+    facts = [[record["rms"] for record in one["streams"]] for one in found]
+    assert facts[0] == facts[1] != facts[2]
+    assert found[0]["tokens"] == found[0]["streams"][0]["rows"]
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
