@@ -142,8 +142,11 @@ class QuantLinear(nn.Linear):
     @classmethod
     def of(cls, linear: nn.Linear, weight_quantizer: Quantizer, inputs: SharedInput) -> QuantLinear:
         made = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        made.weight = nn.Parameter(linear.weight.detach().float())
-        made.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float())
+        made.weight = nn.Parameter(linear.weight.detach().float(), linear.weight.requires_grad)
+        if linear.bias is None:
+            made.bias = None
+        else:
+            made.bias = nn.Parameter(linear.bias.detach().float(), linear.bias.requires_grad)
         made.weight_quantizer, made.inputs = weight_quantizer, inputs
         return made.train(linear.training)
 

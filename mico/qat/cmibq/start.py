@@ -27,10 +27,18 @@ CHUNK = 256  # rows of a weight searched at a time
 
 @dataclass(frozen=True)
 class Seen:
-    """rows_TC: float32 rows on the CPU, evenly spaced over all batches; tokens: mean number a sample."""
+    """rows_TC: float32 rows on the CPU, evenly spaced over all batches; ends_2C: the least and the largest value of
+    every channel over all tokens, as a few tokens may carry far larger ones than all others; tokens: mean number a
+    sample."""
 
     rows_TC: torch.Tensor
+    ends_2C: torch.Tensor
     tokens: float
+
+    @property
+    def extended_TC(self) -> torch.Tensor:
+        """The rows, and the ends as two more: steps that leave them out pay for it."""
+        return torch.cat([self.rows_TC, self.ends_2C])
 
 
 @torch.no_grad()
@@ -40,12 +48,14 @@ def observe(model: nn.Module, sites: Sequence[Site], batches: Iterable[Mapping[s
     Raises ValueError where no batch is given, or a site is not reached: its steps would be guesses.
     """
     rows: dict[str, list[torch.Tensor]] = {site.name: [] for site in sites}
+    ends: dict[str, list[torch.Tensor]] = {site.name: [] for site in sites}
     tokens = dict.fromkeys(rows, 0)
     samples, given = 0, [dict(batch) for batch in batches]
 
     def keep(name: str, x: torch.Tensor) -> None:
         flat = x.detach().reshape(-1, x.shape[-1])
         tokens[name] += len(flat)
+        ends[name].append(torch.stack([flat.amin(0), flat.amax(0)]).float().cpu())
         rows[name].append(flat[:: max(1, len(flat) * len(given) // ROWS)].float().cpu())
 
     hooks = [
@@ -67,7 +77,14 @@ def observe(model: nn.Module, sites: Sequence[Site], batches: Iterable[Mapping[s
     missing = [name for name, parts in rows.items() if not parts]
     if missing:
         raise ValueError(f"no calibration sample reaches {missing[0]}: give samples with pictures")
-    return {name: Seen(torch.cat(parts), tokens[name] / samples) for name, parts in rows.items()}
+    return {
+        name: Seen(torch.cat(parts), _outermost(torch.stack(ends[name])), tokens[name] / samples)
+        for name, parts in rows.items()
+    }
+
+
+def _outermost(ends_B2C: torch.Tensor) -> torch.Tensor:
+    return torch.stack([ends_B2C[:, 0].amin(0), ends_B2C[:, 1].amax(0)])
 
 
 # --- activations ----------------------------------------------------------------------------------------------------

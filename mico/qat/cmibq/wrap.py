@@ -205,7 +205,7 @@ def _input_quantizer(site: Site, settings: Settings, seen: Mapping[str, Seen] | 
     if seen is None:
         blank_GK = torch.ones(int(label_C.max()) + 1, len(BITS))
         return Quantizer(blank_GK[None], blank_GK[None], label_C, blank_GK)
-    scale_GK, zero_GK, error_GK = activation_steps(seen[site.name].rows_TC, label_C)
+    scale_GK, zero_GK, error_GK = activation_steps(seen[site.name].extended_TC, label_C)
     return Quantizer(scale_GK[None], zero_GK[None], label_C, error_GK)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,11 +29,25 @@ def batch(seed: int = 0, count: int = 4) -> dict[str, torch.Tensor]:
     return dict(input_ids=ids_BT, pixel_values=torch.randn(count, 3, 8, 8, generator=make), labels=labels_BT)
 
 
+@cache
+def _started() -> dict[str, torch.Tensor]:
+    """The state of the model right after calibration, which is searched for once."""
+    model = dense()
+    wrap(model, settings(), observe(model, find_sites(model), [batch(9), batch(10)]))
+    return model.state_dict()
+
+
+def settings(**options: Any) -> Settings:
+    """Few columns a group of weights, so that there are several."""
+    return Settings(**dict(weight_group=16, ib_rows=16) | options)
+
+
 def made(trained: bool = True, **options: Any) -> tuple[Any, CMIBQ]:
-    """The model with learned widths, in training mode. Few columns a group of weights, so that there are several."""
+    """The model with learned widths right after calibration, in training mode."""
     model = dense().requires_grad_(trained)
-    settings = Settings(**dict(weight_group=16, ib_rows=16) | options)
-    cmibq = wrap(model, settings, observe(model, find_sites(model), [batch(9), batch(10)]))
+    cmibq = wrap(model, settings(**options), None)
+    kept = model.state_dict().keys()
+    model.load_state_dict({name: value for name, value in _started().items() if name in kept})
     model.train(trained)
     return model, cmibq
 
@@ -45,4 +60,4 @@ def step(model: Any, optimizer: torch.optim.Optimizer, progress: float, seed: in
     optimizer.step()
     optimizer.zero_grad()
     model.cmibq.advance(progress)
-    return float(output.loss), metrics
+    return float(output.loss.detach()), metrics
