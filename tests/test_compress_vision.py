@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
 
 import mico
 from mico.activations import Carrier
@@ -218,6 +219,9 @@ def test_towers_are_packed_counted_and_read_back(space: Path, towers: dict[str, 
     load_processor(space / "towers")  # it came along
     again = mico.load(space / "again", execution="dense", dtype=torch.float32)
     assert torch.equal(seen_logits(again, space), seen_logits(packed, space))
+    mico.export(str(space / "towers"), to="dense", save=str(space / "dense"), dtype="float32")
+    plain = AutoModelForImageTextToText.from_pretrained(space / "dense").eval()
+    assert torch.equal(seen_logits(plain, space), seen_logits(packed, space))
 
 
 def test_the_report_names_what_is_seen_beside_what_is_read(space: Path, towers: dict[str, Any]) -> None:
