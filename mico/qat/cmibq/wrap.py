@@ -56,6 +56,8 @@ class CMIBQ(nn.Module):
 
     def _resume(self) -> None:
         self.progress, self.turn = float(self.state[0]), int(self.state[1])
+        if self.fixed:  # what calls the model past its hooks (peft) finds its widths
+            self.distribute()
 
     @property
     def kinds(self) -> tuple[Widths, Widths]:

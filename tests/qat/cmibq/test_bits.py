@@ -15,7 +15,7 @@ from mico.qat.cmibq.levels import BITS
 def test_temperature_falls_until_one_width_is_taken_and_stays() -> None:
     taus = [temperature(progress / 20) for progress in range(21)]
     assert taus[0] == HOT == 2.0 and taus[14:] == pytest.approx([COLD] * 7) and COLD == 0.2
-    assert all(later < sooner for sooner, later in itertools.pairwise(taus))
+    assert all(later < sooner for sooner, later in itertools.pairwise(taus[:15]))
     assert temperature(0.35) == pytest.approx((HOT * COLD) ** 0.5)  # geometric: half way in the logarithm
     assert temperature(0.0, 1.0) == COLD and temperature(1.0, 0.0) == pytest.approx(COLD)
 

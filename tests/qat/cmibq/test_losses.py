@@ -12,6 +12,7 @@ import torch.multiprocessing as processes
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from mico.qat.cmibq.importance import Meter, average_over_ranks
 from mico.qat.cmibq.losses import LARGEST, Alignment, keys, pooled, text_keys
 
 
@@ -146,7 +147,12 @@ def _process(rank: int, folder: str) -> None:
     found = model(*(part[here] for part in inputs()))
     found.loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.module.named_parameters()}
-    torch.save((tuple(found), gradients), f"{folder}/{rank}.pt")
+    meters = [Meter(torch.zeros(3, dtype=torch.int64), 1, 2) for _ in range(2)]
+    for number, meter in enumerate(meters):
+        meter(torch.full((2, 3), rank + 1.0), torch.ones(2, 3), torch.full((1, 2), number + 10.0 * rank))
+    average_over_ranks(meters)
+    measured = torch.stack([torch.cat([m.importance_G, m.distortion_GK[0]]) for m in meters])
+    torch.save((tuple(found), gradients, measured), f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -156,7 +162,8 @@ def test_two_processes_equal_one_with_both_batches(tmp_path: Path) -> None:
     wanted.loss.backward()
     processes.spawn(_process, (str(tmp_path),), nprocs=2)
     for rank in range(2):
-        found, gradients = torch.load(tmp_path / f"{rank}.pt")
+        found, gradients, measured = torch.load(tmp_path / f"{rank}.pt")
+        assert measured.tolist() == [[2.5, 5.0, 5.0], [2.5, 6.0, 6.0]]  # means over both
         torch.testing.assert_close(found, tuple(part.detach() for part in wanted), rtol=1e-5, atol=1e-6)
         for name, parameter in single.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)

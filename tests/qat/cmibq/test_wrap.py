@@ -117,7 +117,8 @@ def test_damaged_grids_and_foreign_models_are_refused() -> None:
     record = ActivationGrid(("lm_head",), 64, (4, 8), (0.1, 0.2), (0.0, 0.5)).record()
     for field, value, said in (
         ("bits", [4, 7], "bits 7"), ("scale", [0.1, 0.0], "scale 0.0"), ("zero", [0.0, float("nan")], "zero nan"),
-        ("bits", [4], "bits, scale and zero differ in length"), ("channels", "x", "ValueError"), ("linears", None, "TypeError"),
+        ("bits", [4], "bits, scale and zero differ in length"), ("channels", "x", "ValueError"),
+        ("linears", None, "TypeError"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"activation grid of 'a.site': {said}"):
             ActivationGrid.of(record | {field: value}, "a.site")
@@ -162,6 +163,35 @@ def test_stage_two_starts_from_the_state_of_stage_one() -> None:
     other.load_state_dict(model.state_dict())
     assert again.fixed and again.progress == 1.0 and again.turn == 1
     assert torch.equal(logits(other), logits(model)) and bit_map(other) == bit_map(model)
+
+
+def test_low_rank_adapters_learn_on_chosen_widths_and_merge_into_the_weights() -> None:
+    """As in stage 2; peft's own forward passes the model's hooks by."""
+    from peft import LoraConfig, get_peft_model
+
+    model, cmibq = made(trained=False)
+    mixed(cmibq)
+    fresh = dense()
+    wrap(fresh, settings(), None)
+    fresh.load_state_dict(model.state_dict())
+    options: Any = dict(r=2, target_modules=r".*(language_model.*_proj|linear_[12])", task_type="CAUSAL_LM")
+    adapted = get_peft_model(fresh, LoraConfig(**options)).train()
+    output = adapted(**batch(0))
+    (output.loss + sum(fresh.cmibq.penalty().values())).backward()
+    learned = {name for name, p in adapted.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert len([name for name in learned if "lora_B" in name]) == 16
+    assert not [name for name in learned if name.endswith("base_layer.weight")]
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            parameter += 0.1 if "lora_B" in name else 0
+    merged = adapted.merge_and_unload()
+    before, after = (quant_linears(part) for part in (model, merged))
+    changed = {name for name in before if not torch.equal(before[name].weight, after[name].weight)}
+    assert before.keys() == after.keys() and len(changed) == 16
+    refit_weights(merged)
+    assert bit_map(merged)["averages"] == bit_map(model)["averages"]
+    for name, weight in quantized_weights(merged).items():
+        assert torch.equal(weight.dequantize(), after[name].quantized())
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:
