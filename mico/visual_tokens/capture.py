@@ -62,15 +62,15 @@ def query_names(attention: nn.Module, where: str) -> tuple[str, str]:
 def rotated_heads(watch: Watch, rope: tuple[torch.Tensor, torch.Tensor]) -> Heads:
     """What a decoder layer attended with, after RoPE in its dtype (Llama's: the halves of a head form the pairs)."""
     attention: Any = watch.attention
-    width = attention.head_dim
+    queries, keys = watch.pair(attention.head_dim)
+    return Heads(turned(queries, rope), turned(keys, rope), attention.scaling)
+
+
+def turned(heads_BHNd: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Queries or keys with their RoPE, whose cos and sin are (B, N, d)."""
     cos, sin = (part[:, None] for part in rope)
-
-    def turn(x: torch.Tensor) -> torch.Tensor:
-        first, second = x[..., : width // 2], x[..., width // 2 :]
-        return x * cos + torch.cat((-second, first), -1) * sin
-
-    queries, keys = watch.pair(width)
-    return Heads(turn(queries), turn(keys), attention.scaling)
+    first, second = heads_BHNd.chunk(2, -1)
+    return heads_BHNd * cos + torch.cat((-second, first), -1) * sin
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -40,6 +41,7 @@ class Evidence:
     inverse_frequency: of RoPE, (d / 2,).
     cls_BV: attention from CLS in the vision tower, for methods that need it (0 at merged tokens).
     seeds: one a sample, from the settings' seed and the ids of its prompt.
+    language: the language model, for scorers that look ahead in it (lookahead.py).
     positions_of: what the caller gave as `positions`, the answer of an oracle.
     """
 
@@ -58,6 +60,7 @@ class Evidence:
     rater_BQ: torch.Tensor
     inverse_frequency: torch.Tensor
     seeds: tuple[int, ...]
+    language: Any = None
     heads: Heads | None = None
     cls_BV: torch.Tensor | None = None
     positions_of: Callable[[int], Iterable[int]] | None = None

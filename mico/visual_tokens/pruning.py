@@ -80,7 +80,8 @@ class Prefill:
             positions_BN=tokens.position_BN, seen_BN=tokens.seen_BN, visual_BV=visual_BV, real_BV=real_BV,
             original_BV=torch.where(real_BV, tokens.original_BN.gather(1, visual_BV), -1), at_start=self.at_start,
             question_BQ=question_BQ, asked_BQ=asked_BQ, rater_BQ=self.rater_BQ.to(device),
-            inverse_frequency=self.language.rotary_emb.inv_freq.to(device), seeds=self.seeds, heads=heads,
+            inverse_frequency=self.language.rotary_emb.inv_freq.to(device), seeds=self.seeds,
+            language=self.language, heads=heads,
             cls_BV=tokens.cls_BN.gather(1, visual_BV) if "cls" in self.rules.method.needs else None,
             positions_of=self.rules.positions_of,
         )  # fmt: skip
