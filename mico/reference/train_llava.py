@@ -39,18 +39,16 @@ PHOTOS = 0.3  # share of the training pictures with a photograph behind the digi
 SHORTS = 0.25  # share of the questions that ask for a word or a phrase as the suites do
 BATCHES = {1: (32, 2), 2: (24, 4), 3: (20, 6)}  # pictures a step, and questions a picture, for so many cells
 BATCH = (16, 8)  # for more cells
-ENOUGH, WINDOW = (
-    0.85,
-    25,
-)  # right digits, of the answers of the last steps, after which a row and a column of cells are added
-VISION_STEPS, VISION_BATCH = 400, 32
+# Right digits, of the answers of the last steps, after which a row and a column of cells are added.
+ENOUGH, WINDOW = 0.85, 25
+VISION_STEPS, VISION_BATCH, VISION_PEAK = 600, 32, 2e-3
 KEPT = 250  # steps between two checkpoints
 CHECK = 400  # test pictures
 
 
 @dataclass(frozen=True)
 class Recipe:
-    steps: int = 3_500
+    steps: int = 3_300
     peak: float = 1e-3  # learning rate of AdamW: embeddings, vision tower, projector
     muon: float = 3e-3  # of Muon: matrices of the language model
     seed: int = 0
@@ -221,14 +219,14 @@ def train_vision(model: Any, recipe: Recipe, tokenizer: Any, steps: int = VISION
     where = torch.nn.Linear(model.config.text_config.hidden_size, 2 * CELLS).to(device)
     parts = (inner.vision_tower, inner.multi_modal_projector, where)
     parameters = [parameter for part in parts for parameter in part.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.peak, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(parameters, lr=VISION_PEAK, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
     places = torch.arange(side, device=device).div(side // CELLS, rounding_mode="floor")
     rows, columns = places.repeat_interleave(side).repeat(VISION_BATCH), places.repeat(side * VISION_BATCH)
     for step in range(steps):
         rng = np.random.default_rng([recipe.seed, step, 1])
         digits, pictures = draw(rng, "train", _backgrounds(rng, VISION_BATCH, PHOTOS))
         for group in optimizer.param_groups:
-            group["lr"] = recipe.peak * min(1.0, (step + 1) / WARMUP_STEPS, 1.01 - step / steps)
+            group["lr"] = VISION_PEAK * min(1.0, (step + 1) / WARMUP_STEPS, 1.01 - step / steps)
         features = image_features(model, to_pixels(pictures))
         cells = features.view(VISION_BATCH, CELLS, side // CELLS, CELLS, side // CELLS, -1).mean((2, 4))
         seen, placed = (cells @ names.T).flatten(0, 2), where(features)
