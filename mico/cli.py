@@ -198,13 +198,16 @@ def compress(
 
 @app.command(epilog="Example: mico finetune tiny-llama --w-bits 2 --train-file text.jsonl")
 def finetune(
-    model: o.Model, method: t.Method = "paretoq", w_bits: t.WBits = "4", group_size: t.GroupSize = None,
-    init: t.Init = "mse", train_file: t.TrainFile = None, eval_file: t.EvalFile = None,
-    eval_share: t.EvalShare = 0.05, seqlen: t.Seqlen = None, num_train_epochs: t.Epochs = 1.0,
+    model: o.Model, method: t.Method = "paretoq", w_bits: t.WBits = None, group_size: t.GroupSize = None,
+    init: t.Init = None, retain_tokens: t.RetainTokens = None, token_method: t.TokenMethod = None,
+    sparsevlm_version: t.SparseVlmVersion = None, adaptive: t.Adaptive = False, lora_rank: t.LoraRank = None,
+    lora_alpha: t.LoraAlpha = None, lora_dropout: t.LoraDropout = None, train_file: t.TrainFile = None,
+    image_folder: t.ImageFolder = None, eval_file: t.EvalFile = None, eval_share: t.EvalShare = 0.05,
+    seqlen: t.Seqlen = None, num_train_epochs: t.Epochs = 1.0,
     max_steps: t.MaxSteps = None, learning_rate: t.LearningRate = None, scale_learning_rate: t.ScaleRate = None,
     lr_scheduler_type: t.Scheduler = "cosine", warmup_steps: t.Warmup = 0.0, weight_decay: t.WeightDecay = 0.0,
     max_grad_norm: t.MaxGradNorm = 1.0, per_device_train_batch_size: t.TrainBatch = 8,
-    gradient_accumulation_steps: t.Accumulation = 1, kd: t.Kd = False, kd_weight: t.KdWeight = 1.0,
+    gradient_accumulation_steps: t.Accumulation = 1, kd: t.Kd = None, kd_weight: t.KdWeight = None,
     teacher: t.Teacher = None, bf16: t.Bf16 = False, gradient_checkpointing: t.Checkpointing = False,
     deepspeed: t.Deepspeed = None, fsdp: t.Fsdp = None, logging_steps: t.LoggingSteps = 10,
     eval_steps: t.EvalSteps = None, save_steps: t.SaveSteps = 200, report_to: t.ReportTo = "none",
@@ -212,26 +215,34 @@ def finetune(
     trust_remote_code: o.TrustRemoteCode = False, save: o.Save = None, device: t.Device = "auto",
     json: o.JsonFile = None, debug: o.Debug = False, verbose: o.Verbose = 0, quiet: o.Quiet = False,
 ) -> None:  # fmt: skip
-    """Train a model at few bits, or a compressed one on with its pruned weights zero, and write it packed."""
+    """Train a model at few bits (a compressed one keeps its zeros), or a LLaVA for few visual tokens."""
     _before_imports(offline, quiet)
     from mico.finetune import finetune as run
+    from mico.finetune import sections
     from mico.qat.recipe import bits_of
-    from mico.summary import print_report
+    from mico.tables import print_sections
 
+    own = dict(
+        w_bits=None if w_bits is None else bits_of(w_bits), group_size=group_size, init=init,
+        scale_learning_rate=scale_learning_rate, kd=kd, kd_weight=kd_weight, retain_tokens=retain_tokens,
+        token_method=token_method, sparsevlm_version=sparsevlm_version, adaptive=adaptive or None, lora_rank=lora_rank,
+        lora_alpha=lora_alpha, lora_dropout=lora_dropout,
+    )  # fmt: skip
     report = run(
-        model, method=method, train_file=train_file, eval_file=eval_file, eval_share=eval_share, seqlen=seqlen,
+        model, method=method, train_file=train_file, image_folder=image_folder, eval_file=eval_file,
+        eval_share=eval_share, seqlen=seqlen,
         teacher=teacher, eval=eval, data_dir=data_dir, device=device, offline=offline,
         trust_remote_code=trust_remote_code, save=save, json=json, console=_console(quiet, verbose),
-        w_bits=bits_of(w_bits), group_size=group_size, init=init, num_train_epochs=num_train_epochs,
-        max_steps=max_steps, learning_rate=learning_rate, scale_learning_rate=scale_learning_rate,
+        num_train_epochs=num_train_epochs, max_steps=max_steps, learning_rate=learning_rate,
         lr_scheduler_type=lr_scheduler_type, warmup_steps=warmup_steps, weight_decay=weight_decay,
         max_grad_norm=max_grad_norm, per_device_train_batch_size=per_device_train_batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps, kd=kd, kd_weight=kd_weight, bf16=bf16,
+        gradient_accumulation_steps=gradient_accumulation_steps, bf16=bf16,
         gradient_checkpointing=gradient_checkpointing, logging_steps=logging_steps, eval_steps=eval_steps,
         save_steps=save_steps, deepspeed=deepspeed, fsdp=fsdp, report_to=report_to, seed=seed,
+        **{name: value for name, value in own.items() if value is not None},
     )  # fmt: skip
     if report:
-        print_report(report, _output())
+        print_sections(sections(report), _output())
 
 
 @app.command("eval", epilog="Example: mico eval results/tiny-llama-mico-1a2b3c4d --eval all --data-dir texts")

@@ -1,9 +1,9 @@
-"""Verb: training at few bits; a model or a compressed run in, a packed model out, measured (mico finetune)."""
+"""Verb: training at few bits or with few visual tokens; a model in, a trained model out, measured (mico finetune)."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,15 @@ from mico.files import atomic_json, check_writable, read_json
 from mico.metrics.perplexity import parse_texts
 from mico.qat.job import Job, Request, own_randomness
 from mico.qat.paretoq_job import ParetoQ
+from mico.qat.sparsevlm_job import SparseVLM
 from mico.runs import REPORT, TRAINING, RunFolder
 from mico.runs import fingerprint as digest
 from mico.settings import choose
 from mico.stages import results_root
-from mico.summary import flat
-from mico.tables import size_text
+from mico.tables import Section, size_text
 
 callable_module(__name__)
-METHODS: dict[str, Callable[[Request, dict[str, Any]], Job]] = {"paretoq": ParetoQ}
+METHODS: dict[str, type[Job]] = {"paretoq": ParetoQ, "sparsevlm": SparseVLM}
 
 
 def finetune(
@@ -29,6 +29,7 @@ def finetune(
     *,
     method: str = "paretoq",
     train_file: str | None = None,
+    image_folder: str | None = None,
     eval_file: str | None = None,
     eval_share: float = 0.05,
     seqlen: int | None = None,
@@ -43,10 +44,14 @@ def finetune(
     console: Console | None = None,
     **training: Any,
 ) -> dict[str, Any]:
-    """Train `model` at few bits and write it packed; return the report that also lies in the run folder.
+    """Train `model` and write it; return the report that also lies in the run folder.
 
-    model: a dense model, or a run of mico compress, whose pruned weights then stay zero. train_file: JSONL rows with
-    'text', or a text file; None: the embedded documentation. training: the fields of Recipe (mico/qat/recipe.py).
+    method 'paretoq' writes it packed at few bits. model: a dense model, or a run of mico compress, whose pruned weights
+    then stay zero. train_file: JSONL rows with 'text', or a text file; None: the embedded documentation. training: the
+    fields of Recipe (mico/qat/recipe.py).
+    method 'sparsevlm' trains a LLaVA for pruned visual tokens on image-text data and writes it dense. train_file,
+    image_folder: as `load_image_text` takes them, or 'grids'. training: the fields of Pruned
+    (mico/qat/sparsevlm_job.py).
     A killed run goes on from its last checkpoint with the same command. Started by torchrun or accelerate, the
     processes share the work; the report of all but the first is empty. Raises UserError for what the user can mend.
     """
@@ -57,7 +62,8 @@ def finetune(
         check_writable("--json", json)
     texts = None if eval is None else parse_texts(eval if isinstance(eval, str) else ",".join(eval))
     request = Request(
-        model=model, method=method, train_file=train_file, eval_file=eval_file, eval_share=eval_share, seqlen=seqlen,
+        model=model, method=method, train_file=train_file, image_folder=image_folder, eval_file=eval_file,
+        eval_share=eval_share, seqlen=seqlen,
         teacher=teacher, eval=texts, data_dir=data_dir, device=device, offline=offline,
         trust_remote_code=trust_remote_code, console=console,
     )  # fmt: skip
@@ -78,8 +84,13 @@ def finetune(
                 report = job.lead(run)
                 console.note(_left(run.path / TRAINING))
     if json:
-        atomic_json(json, flat(report))
+        atomic_json(json, METHODS[method].figures(report))
     return report
+
+
+def sections(report: dict[str, Any]) -> list[Section]:
+    """What a report says, for the terminal."""
+    return METHODS[report["settings"]["method"]].told(report)
 
 
 def _left(folder: Path) -> str:

@@ -5,11 +5,21 @@ from __future__ import annotations
 from typing import Annotated
 
 from mico.options import _choice, _option
+from mico.vision_options import METHODS as TOKEN_METHODS
 
 _TEXT, _QUANTIZATION, _TRAINING, _LOG = "Text", "Quantization", "Training", "Log and checkpoints"
+_PRUNING = "Visual tokens (--method sparsevlm)"
 
-Method = Annotated[str, _choice(_QUANTIZATION, "--method", ("paretoq",), "How the model is trained.")]
-WBits = Annotated[str, _option(_QUANTIZATION, "--w-bits", metavar="BITS", help="Bits a weight: 1, 1.58, 2, 3 or 4.")]
+Method = Annotated[
+    str,
+    _choice(_TRAINING, "--method", ("paretoq", "sparsevlm"), "At few bits, or with few visual tokens."),
+]
+WBits = Annotated[
+    str | None,
+    _option(
+        _QUANTIZATION, "--w-bits", metavar="BITS", help="Bits a weight: 1, 1.58, 2, 3 or 4.", show_default="4"
+    ),
+]  # fmt: skip
 GroupSize = Annotated[
     int | None,
     _option(
@@ -17,13 +27,48 @@ GroupSize = Annotated[
     ),
 ]  # fmt: skip
 Init = Annotated[
-    str, _choice(_QUANTIZATION, "--init", ("mse", "paper"), "Where steps start: least squared error, or as published.")
+    str | None,
+    _choice(
+        _QUANTIZATION, "--init", ("mse", "paper"), "Where steps start: least squared error, or as published.",
+        show_default="mse",
+    ),
+]  # fmt: skip
+RetainTokens = Annotated[
+    int | None,
+    _option(
+        _PRUNING, "--retain-tokens", metavar="N", help="Visual tokens to keep, on average.", show_default="a third"
+    ),
+]  # fmt: skip
+TokenMethod = Annotated[
+    str | None,
+    _choice(_PRUNING, "--token-method", TOKEN_METHODS, "Who chooses the visual tokens.", show_default="sparsevlm"),
+]
+SparseVlmVersion = Annotated[
+    str | None, _option(_PRUNING, "--sparsevlm-version", metavar="1.0|2.0", help="Of SparseVLM.", show_default="2.0")
+]
+Adaptive = Annotated[
+    bool, _option(_PRUNING, "--adaptive", help="Let the rank of the attention choose how many tokens stay.")
+]
+LoraRank = Annotated[int | None, _option(_PRUNING, "--lora-rank", help="Rank of the adapters.", show_default="16")]
+LoraAlpha = Annotated[
+    float | None, _option(_PRUNING, "--lora-alpha", help="Adapters count alpha / rank.", show_default="32")
+]
+LoraDropout = Annotated[
+    float | None, _option(_PRUNING, "--lora-dropout", help="Of the adapters' inputs.", show_default="0")
 ]
 TrainFile = Annotated[
     str | None,
     _option(
-        _TEXT, "--train-file", metavar="FILE", help="JSONL rows with a field 'text', or a text file.",
-        show_default="the documentation inside Python",
+        _TEXT, "--train-file", metavar="FILE",
+        help="JSONL rows with a field 'text', or a text file. sparsevlm: LLaVA-Instruct JSON, a webdataset tar or a "
+        "folder of them, or 'grids'.", show_default="the documentation inside Python; grids with tiny-llava",
+    ),
+]  # fmt: skip
+ImageFolder = Annotated[
+    str | None,
+    _option(
+        _TEXT, "--image-folder", metavar="DIR", help="Where the picture paths of a LLaVA-Instruct file start.",
+        show_default="the folder of the file",
     ),
 ]  # fmt: skip
 EvalFile = Annotated[
@@ -43,8 +88,10 @@ MaxSteps = Annotated[
 ]
 LearningRate = Annotated[
     float | None,
-    _option(_TRAINING, "--learning-rate", help="Of the weights.", show_default="2e-5; 1e-5 at 3 and 4 bits"),
-]
+    _option(
+        _TRAINING, "--learning-rate", help="Of the weights.", show_default="2e-5; 1e-5 at 3 and 4 bits; adapters 2e-4"
+    ),
+]  # fmt: skip
 ScaleRate = Annotated[
     float | None,
     _option(_TRAINING, "--scale-learning-rate", help="Of the steps.", show_default="--learning-rate"),
@@ -55,8 +102,17 @@ WeightDecay = Annotated[float, _option(_TRAINING, "--weight-decay", help="Of the
 MaxGradNorm = Annotated[float, _option(_TRAINING, "--max-grad-norm", help="Gradients are clipped to this norm.")]
 TrainBatch = Annotated[int, _option(_TRAINING, "--per-device-train-batch-size", help="Windows at a time on a device.")]
 Accumulation = Annotated[int, _option(_TRAINING, "--gradient-accumulation-steps", help="Batches before a step.")]
-Kd = Annotated[bool, _option(_TRAINING, "--kd/--no-kd", help="Learn from the dense model's distribution.")]
-KdWeight = Annotated[float, _option(_TRAINING, "--kd-weight", help="Share of that in the loss, 0 to 1.")]
+Kd = Annotated[
+    bool | None,
+    _option(_TRAINING, "--kd/--no-kd", help="Learn from the dense model's distribution.", show_default="no-kd"),
+]
+KdWeight = Annotated[
+    float | None,
+    _option(
+        _TRAINING, "--kd-weight", help="Share in the loss of what the teacher says, 0 to 1.",
+        show_default="1 with --kd; sparsevlm 0.5",
+    ),
+]  # fmt: skip
 Teacher = Annotated[
     str | None,
     _option(_TRAINING, "--teacher", metavar="MODEL", help="The model to learn from.", show_default="the dense model"),

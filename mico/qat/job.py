@@ -29,7 +29,7 @@ from mico.loading import pick_device, quiet
 from mico.loading.free import free_memory
 from mico.qat.recipe import Training
 from mico.runs import TRAINING, RunFolder
-from mico.tables import size_text
+from mico.tables import Section, size_text
 
 BEFORE = "before_results.json"
 STATE, WHOLE = "trainer_state.json", "mico_whole.json"  # of a checkpoint; WHOLE is written when all else is on disk
@@ -47,6 +47,7 @@ class Request:
     model: str
     method: str
     train_file: str | None
+    image_folder: str | None
     eval_file: str | None
     eval_share: float
     seqlen: int | None
@@ -70,11 +71,21 @@ class Job(Protocol):
     label: str  # of the run folder, where the user names none
     identity: dict[str, Any]  # what the run folder's content depends on, with the names that the user knows
 
+    def __init__(self, request: Request, options: dict[str, Any]) -> None: ...
+
     def lead(self, run: RunFolder) -> dict[str, Any]:
         """The whole of it, from the weights to the report."""
 
     def follow(self, folder: Path) -> None:
         """The part of a process that is not the first."""
+
+    @staticmethod
+    def told(report: dict[str, Any]) -> list[Section]:
+        """The report for the terminal."""
+
+    @staticmethod
+    def figures(report: dict[str, Any]) -> dict[str, Any]:
+        """The figures of the report by plain names, for `--json`."""
 
 
 # --- before training ------------------------------------------------------------------------------------------------
@@ -91,10 +102,15 @@ def place_of(request: Request, training: Training) -> torch.device:
     return torch.device("cpu") if training.parted else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def check_room(folder: Path, parameters: int, place: torch.device, training: Training, windows: int) -> int:
-    """Bytes that the run will write; raises UserError where disk or memory cannot hold the training."""
+def check_room(
+    folder: Path, parameters: int, place: torch.device, training: Training, windows: int, model: int | None = None
+) -> int:
+    """Bytes that the run will write; raises UserError where disk or memory cannot hold the training.
+
+    parameters: those that are trained; model: bytes of the model that is written, None: 4 a parameter.
+    """
     written = min(CHECKPOINTS, math.ceil(training.steps(windows) / training.save_steps))
-    needed = parameters * (written * KEPT + 4)
+    needed = parameters * written * KEPT + (4 * parameters if model is None else model)
     there = sum(file.stat().st_size for file in (folder / TRAINING).rglob("*") if file.is_file())
     free = shutil.disk_usage(folder).free + there
     if needed > free:

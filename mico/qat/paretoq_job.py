@@ -33,12 +33,13 @@ from mico.pages.run import write_run_page
 from mico.qat.corpus import Corpus, TokenWindows, read_corpus
 from mico.qat.job import Request, Results, check_room, fit, place_of, write_results
 from mico.qat.modules import check_groups, check_trainable, masks_of, quantize_linears, stream_linears
-from mico.qat.recipe import WATCHING, Recipe, processes
+from mico.qat.recipe import WATCHING, Recipe, options_of, processes, refuse_given
 from mico.qat.save import save_trained
 from mico.runs import REPORT, TRAINING, RunFolder
 from mico.settings import PROTOCOLS, record
 from mico.solve import model_size
-from mico.summary import write_markdown
+from mico.summary import flat, sections, write_markdown
+from mico.tables import Section
 
 MODEL = "model"
 SEQLEN = 1024  # tokens of a training window, where the model takes as many
@@ -49,7 +50,8 @@ class ParetoQ:
     """A Job (mico/qat/job.py)."""
 
     def __init__(self, request: Request, options: dict[str, Any]) -> None:
-        self.request, self.recipe, self.console = request, Recipe(**options), request.console
+        self.request, self.recipe, self.console = request, options_of(Recipe, options, request.method), request.console
+        refuse_given(request.method, image_folder=request.image_folder)
         self.place = place_of(request, self.recipe)
         self.source = _source(request.model)
         self.config = load_config(self.source, **request.hub)
@@ -214,6 +216,16 @@ class ParetoQ:
         return load_model(self.teacher, device=str(self.place), dtype=dtype, stream=False, **self.request.hub).model
 
     # --- report ---
+
+    @staticmethod
+    def told(report: dict[str, Any]) -> list[Section]:
+        """The report of a compression, with a section on the training."""
+        return sections(report)
+
+    @staticmethod
+    def figures(report: dict[str, Any]) -> dict[str, Any]:
+        """What a compression tells."""
+        return flat(report)
 
     def _report(
         self, run: RunFolder, architecture: dict[str, Any], dense: dict[str, Any], compressed: dict[str, Any],

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mico.errors import UserError
 from mico.packed.bits import TERNARY
@@ -29,6 +29,8 @@ _COUNTS = (
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps",
     "save_steps",
 )  # fmt: skip
+
+Options = TypeVar("Options", bound="Training")
 
 
 def processes() -> int:
@@ -159,6 +161,20 @@ class Recipe(Training):
     def scale_rate(self) -> float:
         """Learning rate of the steps."""
         return self.scale_learning_rate or SCALE_RATE * self.rate
+
+
+def options_of(kind: type[Options], options: dict[str, Any], method: str) -> Options:
+    """The record of a method from the options that were given. Raises UserError for one that the method lacks."""
+    known = {field.name for field in fields(kind)}
+    refuse_given(method, **{name: value for name, value in options.items() if name not in known})
+    return kind(**options)
+
+
+def refuse_given(method: str, **options: Any) -> None:
+    """Raise UserError naming the first of the options that is not None: the method has no use for it."""
+    for name, value in options.items():
+        if value is not None:
+            raise UserError(f"--{name.replace('_', '-')} {value}: --method {method} has no such option: leave it out")
 
 
 def bits_of(text: str) -> float:
