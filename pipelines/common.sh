@@ -3,8 +3,8 @@
 #
 #   begin MODELS SMOKE_MODELS "$@"   read the arguments: sets models, options, results, mico; makes the environment
 #   arm NAME MODEL OPTION...         queue one `mico compress`, whose run folder is $results/NAME
-#   three_arms, sweep                what most experiments are made of
-#   queue NAME WORD...               queue any command of mico
+#   three_arms, sweep, suite_arms    what most experiments are made of
+#   queue NAME WORD...               queue any command of mico, or -m MODULE of Python
 #   finish                           run the queue, then compare what came out
 #
 # An arm that is finished is skipped, a started one goes on after its last finished block, a failed one does not stop
@@ -96,7 +96,7 @@ make_small() {
     small=(--seqlen 64 --batch-size 4 --eval wikitext2 --data-dir "$texts" --offline)
     base+=("${small[@]}" --nsamples 8 --calib docs)
     export MICO_RESULTS=${MICO_RESULTS:-$results} # statistics and groups too
-    note "smoke: ${models[*]:-tiny-llama}, calibrated on 8 windows of 64 tokens; 'wikitext2' is this project's README"
+    note "smoke: ${models[*]:-tiny-llama}; calibration: 8 windows of 64 tokens; 'wikitext2' is this project's README"
 }
 
 # make_once FOLDER COMMAND...: a model for --smoke; the command gets the folder as its last word.
@@ -120,7 +120,7 @@ arm() {
     queue "$name" compress "$model" "${base[@]}" "${options[@]}" "$@" --save "$results/$name"
 }
 
-# queue NAME WORD...: any command of mico.
+# queue NAME WORD...: any command of mico, or -m MODULE WORD... of Python.
 queue() {
     names+=("$1")
     shift
@@ -175,16 +175,71 @@ sweep() {
     done
 }
 
-# Whether the run folder $1 holds a whole report of the command that follows it. --strict must tell its status again.
+# read_budgets DEFAULT: sets budgets and token_versions from RETAIN_TOKEN and USE_VERSION. SparseVLM's own scripts know
+# the first as RETAIN_TOKN, which is heard too.
+read_budgets() {
+    local word wanted=${RETAIN_TOKEN:-${RETAIN_TOKN:-$1}}
+    if [ "$wanted" != "${RETAIN_TOKN:-$wanted}" ]; then
+        die "RETAIN_TOKEN=$RETAIN_TOKEN and RETAIN_TOKN=$RETAIN_TOKN differ: leave one out"
+    fi
+    read -ra budgets <<<"$wanted"
+    for word in "${budgets[@]}"; do
+        case $word in *[!0-9]* | 0*) die "RETAIN_TOKEN=$wanted: give numbers of visual tokens, as 192 or \"192 64\"" ;; esac
+    done
+    token_versions=()
+    for word in ${USE_VERSION:-1_0 2_0}; do
+        case $word in
+            1_0 | 1.0) token_versions+=(1.0) ;;
+            2_0 | 2.0) token_versions+=(2.0) ;;
+            *) die "USE_VERSION=$USE_VERSION: give 1_0, 2_0, or both with a space" ;;
+        esac
+    done
+}
+
+# suite_arms SUITE: every model with all its visual tokens, and at every budget by every version of SparseVLM.
+suite_arms() {
+    local suite=$1 model name version retain data=()
+    refuse_own --suite --retain-tokens --sparsevlm-version --output-path --json
+    read_budgets "$([ -n "$smoke" ] && echo "48 32 24 16" || echo "192 128 96 64")"
+    if [ -n "$smoke" ]; then # pictures of digits, 144 visual tokens each
+        make_once "$results/suites" -m mico.metrics.vision.grid_files --pictures 6
+        data=(--vlm-data "$results/suites" --offline)
+    fi
+    for model in "${models[@]}"; do
+        name=$(label "$model")-$suite
+        suite_arm "$name-all" "$model"
+        for version in "${token_versions[@]}"; do
+            for retain in "${budgets[@]}"; do
+                suite_arm "$name-$retain-v$version" "$model" --retain-tokens "$retain" --sparsevlm-version "$version"
+            done
+        done
+    done
+}
+
+# suite_arm NAME MODEL OPTION...: one `mico eval` of suite_arms, whose results.json lies in $results/NAME.
+suite_arm() {
+    local name=$1 model=$2
+    shift 2
+    folders+=("$results/$name")
+    queue "$name" eval "$model" --suite "$suite" "${data[@]}" "${options[@]}" "$@" --output-path "$results/$name"
+}
+
+# Whether what the command behind $1 leaves there is whole, and by the same command: report.json of a run folder,
+# results.json of an evaluation, or $1.json of a module. --strict must tell its status again.
 is_finished() {
-    [ -f "$1/report.json" ] && "$python" - "$@" <<'PYTHON'
+    [[ -f $1/report.json || -f $1/results.json || -f $1.json ]] && "$python" - "$@" <<'PYTHON'
 import hashlib, json, pathlib, sys
 
 folder, command = pathlib.Path(sys.argv[1]), sys.argv[2:]
 try:
-    report = (folder / "report.json").read_bytes()
-    written = json.loads((folder / "manifest.json").read_bytes())["completed"]["outputs"]["report.json"]
-    whole = written == hashlib.sha256(report).hexdigest() and json.loads(report)["command"][1:] == command
+    if command[0] == "eval":
+        whole = json.loads((folder / "results.json").read_bytes())["mico"]["command"][1:] == command
+    elif command[0] == "-m":
+        whole = json.loads(folder.with_name(folder.name + ".json").read_bytes())["command"][1:] == command[2:]
+    else:
+        report = (folder / "report.json").read_bytes()
+        written = json.loads((folder / "manifest.json").read_bytes())["completed"]["outputs"]["report.json"]
+        whole = written == hashlib.sha256(report).hexdigest() and json.loads(report)["command"][1:] == command
 except (OSError, ValueError, KeyError, TypeError):
     whole = False
 sys.exit(not whole or "--strict" in command)
@@ -193,19 +248,20 @@ PYTHON
 
 # run_arm INDEX: one arm; its status and seconds go to $state/INDEX.
 run_arm() {
-    local name=${names[$1]} status=0 began=$SECONDS words
+    local name=${names[$1]} status=0 began=$SECONDS words program=("$mico")
     eval "words=(${commands[$1]})"
-    if [[ ${words[0]} =~ ^(compress|finetune)$ ]] && is_finished "$results/$name" "${words[@]}"; then
+    if [ "${words[0]}" = -m ]; then program=(env "PYTHONPATH=$root" "$python"); fi
+    if [[ ${words[0]} =~ ^(compress|finetune|eval|-m)$ ]] && is_finished "$results/$name" "${words[@]}"; then
         note "$name: finished before by the same command, skipped"
         echo skipped >"$state/$1"
         return
     fi
-    note "$name: mico ${commands[$1]}"
+    note "$name: $(basename "${program[-1]}") ${commands[$1]}"
     if [ ${#devices[@]} -eq 1 ]; then
-        "$mico" "${words[@]}" &
+        "${program[@]}" "${words[@]}" &
     else
         mkdir -p "$results/logs"
-        "$mico" "${words[@]}" >"$results/logs/$name.log" 2>&1 &
+        "${program[@]}" "${words[@]}" >"$results/logs/$name.log" 2>&1 &
     fi
     wait $! || status=$?
     if [ "$status" -eq 0 ]; then note "$name: done in $((SECONDS - began)) s"; else tell_failure "$name" "$status"; fi
@@ -285,7 +341,7 @@ finish() {
         esac
     done
     for folder in "${folders[@]}"; do
-        if [ -f "$folder/report.json" ]; then finished+=("$folder"); fi
+        if [[ -f $folder/report.json || -f $folder/results.json ]]; then finished+=("$folder"); fi
     done
     if [ ${#finished[@]} -gt 0 ]; then
         "$mico" report "${finished[@]}" --html "$results/report.html" --markdown "$results/report.md" \

@@ -12,7 +12,8 @@ case ${1:-} in -h | --help)
 esac
 experiments=("$@")
 if [ $# -eq 0 ]; then
-    experiments=(quick_test opt_ablation vicuna_13b llama2_7b mixtral k_sweep estimator_sweep sparsity_sweep eval_only paretoq_minicpm4)
+    experiments=(quick_test opt_ablation vicuna_13b llama2_7b mixtral k_sweep estimator_sweep sparsity_sweep eval_only paretoq_minicpm4
+        sparsevlm_mme sparsevlm_pope sparsevlm_speed)
 fi
 cores=$(getconf _NPROCESSORS_ONLN)
 if [ -z "${GPUS:-}" ]; then export JOBS=${JOBS:-$((cores < 4 ? cores : 4))}; fi

@@ -27,9 +27,12 @@ PIPELINES = Path(__file__).parents[1] / "pipelines"
 SCRIPTS = sorted(path.name for path in PIPELINES.glob("*.sh") if path.name != "common.sh")
 EXPERIMENTS = sorted(path.name for path in PIPELINES.glob("*.sh") if "\nbegin " in path.read_text(encoding="utf-8"))
 MORE = {"eval_only.sh", "mixtral.sh", "estimator_sweep.sh"}  # with --smoke they make a model first
+SUITES = ("mme", "pope")
+VISION = {*(f"sparsevlm_{suite}.sh" for suite in SUITES), "sparsevlm_speed.sh"}
 SHELLCHECK = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
 
-# Stands for mico: notes when it ran, where and with what, and leaves the run folder that `--save` names.
+# Stands for mico: notes when it ran, where and with what, and leaves the run folder that `--save` names, results.json
+# in that of `--output-path`, and the file of `--json`.
 FAKE = """#!{python} -IS
 import hashlib, json, os, pathlib, signal, sys, time
 began, words = time.monotonic(), sys.argv[1:]
@@ -41,10 +44,11 @@ def end(*_):
     tell("terminated")
     sys.exit(143)
 signal.signal(signal.SIGTERM, end)
-if words[0] not in ("compress", "finetune"):
+option = dict(compress="--save", finetune="--save", eval="--output-path").get(words[0], "--json")
+if words[0] == "report" or option not in words:
     tell("done")
     sys.exit()
-folder = pathlib.Path(words[words.index("--save") + 1])
+folder = pathlib.Path(words[words.index(option) + 1])
 if os.environ.get("HANG", "nothing") in folder.name:
     tell("hanging")
     time.sleep(60)
@@ -57,7 +61,15 @@ if os.environ.get("FAIL", "nothing") in folder.name:
     print("mico: error: broken on purpose")
     tell("failed")
     sys.exit(2)
+if option == "--json":
+    folder.write_text(json.dumps(dict(command=sys.argv[2:])))
+    tell("done")
+    sys.exit()
 folder.mkdir(parents=True, exist_ok=True)
+if words[0] == "eval":
+    (folder / "results.json").write_text(json.dumps(dict(mico=dict(command=sys.argv))))
+    tell("done")
+    sys.exit()
 report = json.dumps(dict(command=sys.argv)).encode()
 (folder / "report.json").write_bytes(report)
 outputs = dict(completed=dict(outputs={{"report.json": hashlib.sha256(report).hexdigest()}}))
@@ -90,6 +102,7 @@ class Shell:
 
     def __post_init__(self) -> None:
         unset = ("SEEDS", "GPUS", "JOBS", "CONTROLS", "RESULTS", "MICO_RESULTS", "CUDA_VISIBLE_DEVICES")
+        unset += ("RETAIN_TOKEN", "RETAIN_TOKN", "USE_VERSION")
         self.env = {name: value for name, value in os.environ.items() if name not in unset}
         self.env |= dict(MICO_VENV=str(self.root), RECORD=str(self.root / "record"), RESULTS=str(self.results))
         python = shlex.quote(sys.executable)
@@ -204,7 +217,7 @@ def test_no_gpu_may_be_named(shell: Shell) -> None:
     assert {device for _, device, *_ in shell.record()} == {""}
 
 
-@pytest.mark.parametrize("script", [name for name in EXPERIMENTS if name not in MORE])
+@pytest.mark.parametrize("script", [name for name in EXPERIMENTS if name not in MORE | VISION])
 def test_smoke_takes_a_shipped_model_and_no_hub(shell: Shell, script: str) -> None:
     assert shell.run(script, "--smoke").returncode == 0
     *arms, _ = [words for _, _, _, _, words in shell.record()]
@@ -258,6 +271,82 @@ def test_eval_only_measures_runs_in_place_and_models_apart(shell: Shell) -> None
     assert first[:2] == ["eval", str(run)] and "--output-path" not in first and value(first, "--tasks") == "piqa"
     assert second[:2] == ["eval", "org/model"] and value(second, "--output-path") == str(shell.results / "model")
     assert report[:3] == ["report", str(run), "--html"]
+
+
+def arms_beside_report(shell: Shell) -> tuple[list[list[str]], list[str]]:
+    """The words of every arm, and those of the report behind them."""
+    *arms, report = [words for _, _, _, _, words in shell.record()]
+    assert report[0] == "report"
+    return arms, report
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_suite_is_asked_at_every_budget_by_both_versions(shell: Shell, suite: str) -> None:
+    found = shell.run(f"sparsevlm_{suite}.sh", "org/llava", "--vlm-data=suites", "--limit", "8")
+    assert found.returncode == 0, found.stderr
+    arms, report = arms_beside_report(shell)
+    assert all(words[:4] == ["eval", "org/llava", "--suite", suite] for words in arms) and len(arms) == 9
+    assert all("--vlm-data=suites" in words and value(words, "--limit") == "8" for words in arms)
+    assert "--retain-tokens" not in arms[0]
+    asked = [(value(words, "--sparsevlm-version"), value(words, "--retain-tokens")) for words in arms[1:]]
+    assert asked == [(version, retain) for version in ("1.0", "2.0") for retain in ("192", "128", "96", "64")]
+    folders = [value(words, "--output-path") for words in arms]
+    assert folders[1] == str(shell.results / f"llava-{suite}-192-v1.0") and len(set(folders)) == 9
+    assert report[1:10] == folders
+    calls = len(shell.record())
+    again = shell.run(f"sparsevlm_{suite}.sh", "org/llava", "--vlm-data=suites", "--limit", "8")
+    assert again.stderr.count("skipped\n") == 9 and len(shell.record()) == calls + 1
+
+
+@pytest.mark.parametrize("name", ["RETAIN_TOKEN", "RETAIN_TOKN"])
+def test_the_environment_of_sparsevlm_names_budget_and_version(shell: Shell, name: str) -> None:
+    assert shell.run("sparsevlm_mme.sh", GPUS="0 1", **{name: "96"}, USE_VERSION="2_0").returncode == 0
+    arms, _ = arms_beside_report(shell)
+    assert sorted(Path(value(words, "--output-path")).name for words in arms) == [
+        "llava-1.5-7b-mme-96-v2.0", "llava-1.5-7b-mme-all"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("script", sorted(VISION))
+@pytest.mark.parametrize(
+    ("env", "told"),
+    [
+        (dict(RETAIN_TOKEN="19O"), "RETAIN_TOKEN=19O"),
+        (dict(RETAIN_TOKEN="192 0"), "RETAIN_TOKEN=192 0"),
+        (dict(USE_VERSION="3_0"), "USE_VERSION=3_0"),
+        (dict(RETAIN_TOKEN="64", RETAIN_TOKN="192"), "RETAIN_TOKN=192 differ"),
+    ],
+)
+def test_budgets_and_versions_that_are_none_are_refused(
+    shell: Shell, script: str, env: dict[str, str], told: str
+) -> None:
+    found = shell.run(script, **env)
+    assert found.returncode == 2 and told in found.stderr and not shell.record()
+
+
+def test_smoke_of_a_suite_makes_its_pictures_and_needs_no_hub(shell: Shell) -> None:
+    found = shell.run("sparsevlm_pope.sh", "--smoke")
+    assert found.returncode == 0, found.stderr
+    arms, _ = arms_beside_report(shell)
+    assert all(words[1] == "tiny-llava" and "--offline" in words for words in arms)
+    assert [value(words, "--retain-tokens") for words in arms[1:]] == ["48", "32", "24", "16"] * 2
+    (data,) = {value(words, "--vlm-data") for words in arms}
+    assert len((Path(data) / "pope" / "coco_pope_popular.json").read_text().splitlines()) == 12
+
+
+def test_speed_is_measured_by_the_benchmark_once(shell: Shell) -> None:
+    stand_in, python = shell.root / "bin" / "mico", shlex.quote(sys.executable)
+    shell.program("python", f'#!/bin/sh\nif [ "$1" = -m ]; then exec {stand_in} "$@"; fi\nexec {python} "$@"\n')
+    command = ("sparsevlm_speed.sh", "one", "two", "--repeats", "3")
+    assert shell.run(*command, RETAIN_TOKEN="192 64").returncode == 0
+    first, second = [words for _, _, _, _, words in shell.record()]
+    assert first == [
+        "-m", "benchmarks.visual_tokens", "--model", "one", "--retain", "192,64", "--arms", "1.0,2.0,fastv",
+        "--repeats", "3", "--json", str(shell.results / "one-speed.json"),
+    ]  # fmt: skip
+    assert value(second, "--model") == "two"
+    assert shell.run(*command, RETAIN_TOKEN="192 64").stderr.count("skipped\n") == 2
+    assert shell.run(*command, RETAIN_TOKEN="64").returncode == 0 and len(shell.record()) == 4
 
 
 # --- how the queue runs ---------------------------------------------------------------------------------------------
