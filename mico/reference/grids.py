@@ -19,6 +19,7 @@ CELLS, CELL_PIXELS, PATCH = 6, 8, 4
 SIDE = CELLS * CELL_PIXELS  # pixels of a picture
 TOKENS_A_SIDE = SIDE // PATCH  # 12: a picture is 144 visual tokens, a cell 2 x 2 of them
 TRAIN_DIGITS = 1437  # of 1,797; the rest is for tests
+ROWS, COLUMNS = "ABCDEF", "UVWXYZ"  # what questions call them: no name is a digit
 KINDS = ("read", "compare", "find")
 SPLITS = ("train", "test")
 BACKGROUNDS = ("plain", "photo")
@@ -166,9 +167,13 @@ def _cell(rng: np.random.Generator, cells: int) -> Cell:
     return int(row), int(column)
 
 
+def _name(row: int, column: int) -> str:
+    return f"row {ROWS[row]}, column {COLUMNS[column]}"
+
+
 def _read(rng: np.random.Generator, digits: Any, cells: int) -> GridQuestion:
     row, column = _cell(rng, cells)
-    text = f"What is the digit in row {row + 1}, column {column + 1}?"
+    text = f"What is the digit in {_name(row, column)}?"
     return GridQuestion("read", text, str(digits[row, column]), ((row, column),))
 
 
@@ -176,7 +181,7 @@ def _compare(rng: np.random.Generator, digits: Any, cells: int) -> GridQuestion:
     first, second = _cell(rng, cells), _cell(rng, cells)
     while first == second and cells > 1:
         second = _cell(rng, cells)
-    named = [f"row {row + 1}, column {column + 1}" for row, column in (first, second)]
+    named = [_name(*cell) for cell in (first, second)]
     larger = max(digits[first], digits[second])
     return GridQuestion(
         "compare", f"What is the larger digit of {named[0]} and {named[1]}?", str(larger), (first, second)
@@ -188,4 +193,4 @@ def _find(rng: np.random.Generator, digits: Any, row: int, cells: int, present: 
     pool = there if present else [digit for digit in range(10) if digit not in there]
     digit = pool[rng.integers(len(pool))]
     searched = tuple((row, column) for column in range(cells))
-    return GridQuestion("find", f"Is there a {digit} in row {row + 1}?", "yes" if present else "no", searched)
+    return GridQuestion("find", f"Is there a {digit} in row {ROWS[row]}?", "yes" if present else "no", searched)

@@ -2,9 +2,9 @@
 
 The questions of a picture are trained in one sequence, each of which sees the picture and itself only (a block mask,
 with positions that start again), so that 8 questions cost one picture. Vision tower and projector first learn to give
-digits their embeddings, and places. Then the whole model answers, first about a single digit, and about more whenever
-it is right often enough: with 36 digits from the start it does not find out where to look. Killed, it goes on from its
-last checkpoint. `python -m mico.reference.train_llava --help`.
+digits and places the embeddings of their names. Then the whole model answers, first about a single digit, and about
+more whenever it is right often enough: with 36 digits from the start it does not find out where to look. Killed, it
+goes on from its last checkpoint. `python -m mico.reference.train_llava --help`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,20 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from mico.reference.grids import BACKGROUNDS, CELLS, KINDS, PATCH, SHORT, SIDE, GridQuestion, ask, draw, examples
+from mico.reference.grids import (
+    BACKGROUNDS,
+    CELLS,
+    COLUMNS,
+    KINDS,
+    PATCH,
+    ROWS,
+    SHORT,
+    SIDE,
+    GridQuestion,
+    ask,
+    draw,
+    examples,
+)
 
 VOCABULARY, TOKENS = 512, (SIDE // PATCH) ** 2
 UNKNOWN, END, IMAGE, PADDING = "<unk>", "</s>", "<image>", "<pad>"
@@ -33,6 +46,7 @@ TEMPLATE = (
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %} ASSISTANT:"
     "{% else %}{% for part in message['content'] %} {{ part['text'] }}{% endfor %}</s>{% endif %}{% endfor %}"
 )
+DIGITS = "0123456789"
 MEAN = DEVIATION = 0.5  # of a pixel, in 0..1
 WARMUP_STEPS, WEIGHT_DECAY, CLIP = 100, 0.05, 1.0
 PHOTOS = 0.3  # share of the training pictures with a photograph behind the digits
@@ -213,27 +227,26 @@ def answer_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def train_vision(model: Any, recipe: Recipe, tokenizer: Any, steps: int = VISION_STEPS) -> None:
-    """Align what the projector makes of a cell with its digit's embedding; a head, thrown away, asks for places."""
-    inner, device, side = model.model, model.device, SIDE // PATCH
-    names = inner.get_input_embeddings().weight.detach()[digit_ids(tokenizer)]
-    where = torch.nn.Linear(model.config.text_config.hidden_size, 2 * CELLS).to(device)
-    parts = (inner.vision_tower, inner.multi_modal_projector, where)
+    """Align what the projector makes of a patch with the embeddings of its cell's digit, row and column."""
+    device, side = model.device, SIDE // PATCH
+    table = model.get_input_embeddings().weight.detach()
+    digits, rows, columns = (table[_ids(tokenizer, names)] for names in (DIGITS, ROWS, COLUMNS))
+    parts = (model.model.vision_tower, model.model.multi_modal_projector)
     parameters = [parameter for part in parts for parameter in part.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=VISION_PEAK, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
     places = torch.arange(side, device=device).div(side // CELLS, rounding_mode="floor")
-    rows, columns = places.repeat_interleave(side).repeat(VISION_BATCH), places.repeat(side * VISION_BATCH)
+    true_rows, true_columns = places.repeat_interleave(side).repeat(VISION_BATCH), places.repeat(side * VISION_BATCH)
     for step in range(steps):
         rng = np.random.default_rng([recipe.seed, step, 1])
-        digits, pictures = draw(rng, "train", _backgrounds(rng, VISION_BATCH, PHOTOS))
+        drawn, pictures = draw(rng, "train", _backgrounds(rng, VISION_BATCH, PHOTOS))
         for group in optimizer.param_groups:
             group["lr"] = VISION_PEAK * min(1.0, (step + 1) / WARMUP_STEPS, 1.01 - step / steps)
         features = image_features(model, to_pixels(pictures))
         cells = features.view(VISION_BATCH, CELLS, side // CELLS, CELLS, side // CELLS, -1).mean((2, 4))
-        seen, placed = (cells @ names.T).flatten(0, 2), where(features)
-        truth = torch.from_numpy(digits).flatten().to(device)
+        seen, truth = (cells @ digits.T).flatten(0, 2), torch.from_numpy(drawn).flatten().to(device)
         loss = functional.cross_entropy(seen, truth)
-        loss = loss + functional.cross_entropy(placed[:, :CELLS], rows)
-        loss = loss + functional.cross_entropy(placed[:, CELLS:], columns)
+        loss = loss + functional.cross_entropy(features @ rows.T, true_rows)
+        loss = loss + functional.cross_entropy(features @ columns.T, true_columns)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
@@ -241,12 +254,11 @@ def train_vision(model: Any, recipe: Recipe, tokenizer: Any, steps: int = VISION
         if (step + 1) % 100 == 0:
             right = (seen.argmax(-1) == truth).float().mean().item()
             print(f"vision {step + 1}/{steps} loss {loss.item():.4f} digits right {right:.3f}", flush=True)
-    model.zero_grad()
 
 
-def digit_ids(tokenizer: Any) -> list[int]:
-    """Token ids of the answers 0 to 9."""
-    return [tokenizer(f" {digit}", add_special_tokens=False).input_ids[-1] for digit in range(10)]
+def _ids(tokenizer: Any, names: str) -> list[int]:
+    """Token ids of names of one letter or digit, as words."""
+    return [tokenizer(f" {name}", add_special_tokens=False).input_ids[-1] for name in names]
 
 
 def optimizers(model: Any, recipe: Recipe) -> list[tuple[torch.optim.Optimizer, float]]:
@@ -322,7 +334,7 @@ def _step(model: Any, recipe: Recipe, steppers: Any, progress: Progress, tokeniz
             group["lr"] = highest * recipe.share(progress.step)
         optimizer.step()
         optimizer.zero_grad()
-    digits = torch.isin(labels, torch.tensor(digit_ids(tokenizer), device=labels.device))
+    digits = torch.isin(labels, torch.tensor(_ids(tokenizer, DIGITS), device=labels.device))
     progress.add(loss.item(), (logits.argmax(-1) == labels)[digits].float().mean().item())
 
 
@@ -359,8 +371,8 @@ A reference model of mico: a LLaVA of {parameters:,} parameters (CLIP-ViT of 2 l
 that reads grids of handwritten digits: pictures of 48 x 48 pixels, 144 visual tokens. It is an instrument for measuring
 the damage of compression and of visual-token pruning, not a model to talk to.
 
-Questions: `What is the digit in row 2, column 5?` (read), `What is the larger digit of row 1, column 2 and row 4,
-column 3?` (compare), `Is there a 7 in row 2?` (find), in the form `USER: <image>\\n… ASSISTANT:`.
+Questions: `What is the digit in row B, column Y?` (read), `What is the larger digit of row A, column V and row D,
+column W?` (compare), `Is there a 7 in row B?` (find), in the form `USER: <image>\\n… ASSISTANT:`.
 
 Trained for {recipe.steps:,} steps, most of them of {BATCH[0]} pictures with {BATCH[1]} questions each (Muon for the
 matrices of the language model, learning rate {recipe.muon}, AdamW for the rest, {recipe.peak}; seed {recipe.seed}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mico.reference.grids import CELL_PIXELS, KINDS, PATCH, SIDE, _digits, examples, patches
+from mico.reference.grids import CELL_PIXELS, COLUMNS, KINDS, PATCH, ROWS, SIDE, _digits, examples, patches
 
 
 def test_the_same_arguments_give_the_same_pictures_and_another_seed_others() -> None:
@@ -22,13 +22,16 @@ def test_answers_follow_from_the_digits(split: str) -> None:
         assert [q.kind for q in example.questions] == ["read", "find", "compare", "find"] * 2
         for question in example.questions:
             shown = [digits[cell] for cell in question.cells]
-            numbers = [int(word.strip(",?")) for word in question.text.split() if word.strip(",?").isdigit()]
+            words = [word.strip(",?") for word in question.text.split()]
+            rows = [ROWS.index(word) for word in words if len(word) == 1 and word in ROWS]
+            columns = [COLUMNS.index(word) for word in words if len(word) == 1 and word in COLUMNS]
             if question.kind == "find":
-                assert {row for row, _ in question.cells} == {numbers[1] - 1}
-                assert question.answer == ("yes" if numbers[0] in shown else "no")
+                digit = int(next(word for word in words if word.isdigit()))
+                assert {row for row, _ in question.cells} == set(rows) and len(question.cells) == 6
+                assert question.answer == ("yes" if digit in shown else "no")
             else:
                 assert question.answer == str(max(shown))
-                assert [n - 1 for n in numbers] == [n for cell in question.cells for n in cell]
+                assert tuple(zip(rows, columns, strict=True)) == question.cells
 
 
 def test_a_find_pair_is_yes_and_no_of_one_row() -> None:

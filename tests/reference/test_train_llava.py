@@ -55,8 +55,8 @@ def test_questions_of_one_sequence_do_not_see_each_other(processor: Any) -> None
 
 
 def test_prompts_are_a_token_a_word(processor: Any) -> None:
-    assert processor.tokenizer.tokenize(" What is the digit in row 2, column 5?")[-6:] == [
-        "Ġrow", "Ġ2", ",", "Ġcolumn", "Ġ5", "?",
+    assert processor.tokenizer.tokenize(" What is the digit in row B, column Y?")[-6:] == [
+        "Ġrow", "ĠB", ",", "Ġcolumn", "ĠY", "?",
     ]  # fmt: skip
 
 
