@@ -26,7 +26,8 @@ def _choice(panel: str, name: str, allowed: tuple[str, ...], help: str, **more: 
 
 Model = Annotated[str, typer.Argument(help="A name of `mico models`, a hub id, or a local folder.", show_default=False)]
 Runs = Annotated[
-    list[str], typer.Argument(help="Run folders that mico compress wrote.", show_default=False, metavar="FOLDER")
+    list[str],
+    typer.Argument(help="Folders of mico compress, or of mico eval --suite.", show_default=False, metavar="FOLDER"),
 ]
 Stream = Annotated[
     bool | None,

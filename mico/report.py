@@ -1,4 +1,4 @@
-"""Verb: finished run folders in; one report, or arms compared over their seeds, out (mico report)."""
+"""Verb: finished run folders, or what mico eval wrote, in; one report, or arms compared, out (mico report)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console as RichConsole
 
 from mico.callable import callable_module
-from mico.comparison import Run, compare
+from mico.comparison import Evaluated, Run, compare, nothing_compared, visual_rows, visual_sections
 from mico.comparison import sections as compared
 from mico.errors import UserError
 from mico.files import atomic_json, atomic_write, check_writable, read_json, writing
@@ -22,7 +22,9 @@ from mico.tables import markdown as as_markdown
 
 callable_module(__name__)
 REPORT, PAGE = "report.json", "report.html"
-EVALUATION = Path("eval") / "results.json"  # of `mico eval RUN`, inside the run folder
+RESULTS = "results.json"  # of mico eval
+EVALUATION = Path("eval") / RESULTS  # of `mico eval RUN`, inside the run folder
+NEEDED_OF_SUITE = {"suite", "tokens", "figures", "questions", "of"}
 NEEDED = {"model", "arm", "settings", "calibration", "identity", "dense", "compressed", "size", "layers", "seconds"}
 NEEDED |= {"fallbacks", "environment", "protocol"}
 REMEDY = "restore it, or run its mico compress again with another --save"
@@ -40,11 +42,13 @@ def report(
 ) -> dict[str, Any]:
     """Show one run folder in full, or compare several, on `console` (stdout when None).
 
+    A folder may also be what `mico eval --suite ... --output-path` wrote, of a dense model or any other: what all of
+    them were asked about images stands in one table (docs/vision.md).
     Runs that differ in nothing but the seed are one arm; every arm is tested against that of the first run, or
     against `baseline`: the name of an arm, or one of the folders. markdown: a file for what is shown; html: one for
     a page of it with figures, which needs no network; figures: a folder for them as PNG and SVG; json: a file for what
-    is returned, the plain values behind every cell (docs/report.md). Raises UserError naming a folder that holds no
-    report of a compression, or an option that cannot be met.
+    is returned, the plain values behind every cell (docs/report.md). Raises UserError naming a folder that holds
+    neither, or an option that cannot be met.
     """
     paths = [paths] if isinstance(paths, str) else list(paths)
     if not paths:
@@ -54,16 +58,23 @@ def report(
             check_writable(option, file)
     if figures is not None:
         _make_folder("--figures", Path(figures))
-    runs = _distinct([_read(path) for path in paths])
-    values = _finite(compare(runs, baseline))
-    found = _one(runs[0]) if len(runs) == 1 else compared(values)
+    read = _distinct([_read(path) for path in paths])
+    runs = [one for one in read if isinstance(one, Run)]
+    if baseline is not None and not runs:
+        raise UserError(f"--baseline {baseline}: there is no run of mico compress among the folders: leave it out")
+    values = compare(runs, baseline) if runs else nothing_compared()
+    values = _finite(values | dict(visual=visual_rows(_evaluations(read, values))))
+    found = [] if not runs else _one(runs[0]) if len(runs) == 1 else compared(values)
+    if not runs and len(read) == 1:
+        found = _suites_alone(read[0])
+    found = [*found, *visual_sections(values["visual"])]
     if json is not None:
         atomic_json(json, values)
     if markdown is not None:
         atomic_write(markdown, as_markdown(found).encode())
     if html is not None or figures is not None:
         _draw(html, figures, runs, found, values)
-    if len(runs) == 1 and not any((json, markdown, html, figures)):
+    if len(read) == len(runs) == 1 and not any((json, markdown, html, figures)):
         found = [*found, *_page(runs[0])]
     print_sections(found, console or RichConsole(file=sys.stdout, highlight=False))
     return values
@@ -76,6 +87,15 @@ def _one(run: Run) -> list[Section]:
     return [*found[:place], *_evaluated(run), *found[place:]]
 
 
+def _evaluations(read: Sequence[Run | Evaluated], values: dict[str, Any]) -> list[Evaluated]:
+    """What was asked about images, of runs under the names of their arms."""
+    arms = {run["folder"]: run["arm"] for run in values["runs"]}
+    return [
+        one if isinstance(one, Evaluated) else Evaluated(one.folder, one.evaluation or {}, arms[one.folder], one.seed)
+        for one in read
+    ]
+
+
 def _page(run: Run) -> list[Section]:
     """Where the page of a run lies, if it has one."""
     page = Path(run.folder) / PAGE
@@ -83,44 +103,63 @@ def _page(run: Run) -> list[Section]:
 
 
 def _evaluated(run: Run) -> list[Section]:
-    if run.evaluation is None:
-        return []
-    tasks = {"tasks": run.evaluation.get("results", {}), "n-shot": run.evaluation.get("n-shot", {})}
-    if "mico" not in run.evaluation:  # written by lm-eval itself
-        return [tasks_section(dict(model=run.folder) | tasks)]
+    return [] if run.evaluation is None else _measured(run.evaluation, Path(run.folder) / EVALUATION)
+
+
+def _suites_alone(one: Run | Evaluated) -> list[Section]:
+    """All that one evaluation holds."""
+    assert isinstance(one, Evaluated)
+    return _measured(one.results, Path(one.folder) / RESULTS)
+
+
+def _measured(results: dict[str, Any], file: Path) -> list[Section]:
+    tasks = {"tasks": results.get("results", {}), "n-shot": results.get("n-shot", {})}
+    if "mico" not in results:  # written by lm-eval itself
+        return [tasks_section(dict(model=str(file.parent)) | tasks)]
     try:
-        return evaluation_sections(run.evaluation["mico"] | tasks)
+        return evaluation_sections(results["mico"] | tasks)
     except KeyError as error:
-        raise _no_evaluation(Path(run.folder), f"{error} is missing") from error
+        raise _no_evaluation(file, f"{error} is missing") from error
 
 
 def _draw(
     html: str | None, figures: str | None, runs: Sequence[Run], found: list[Section], values: dict[str, Any]
 ) -> None:
     """The page and the files of its figures."""
-    from mico.pages import comparison_figures, report_figures, save_figures, write_html  # matplotlib takes its time
-    from mico.pages.run import headline
+    from mico.pages import (  # matplotlib takes its time
+        comparison_figures,
+        headline,
+        report_figures,
+        save_figures,
+        visual_figures,
+        write_html,
+    )
 
     alone = runs[0].report if len(runs) == 1 else None
     drawn = comparison_figures(values) if alone is None else report_figures(alone)
+    drawn = [*drawn, *visual_figures(values["visual"])]
     if figures is not None:
         save_figures(drawn, figures)
     if html is None:
         return
     if alone is not None:
         data = alone if runs[0].evaluation is None else alone | dict(evaluation=runs[0].evaluation)
+        data = data if not values["visual"] else data | dict(visual=values["visual"])
         write_html(html, found[0].title, found, drawn, data, headline(alone))
     else:
-        models = ", ".join(dict.fromkeys(arm["options"]["model"] for arm in values["arms"]))
+        names = [arm["options"]["model"] for arm in values["arms"]] or [row["model"] for row in values["visual"]]
+        models = ", ".join(dict.fromkeys(names))
         write_html(html, f"mico: {models} compared", found, drawn, values)
 
 
 # --- folders --------------------------------------------------------------------------------------------------------
 
 
-def _read(path: str) -> Run:
-    """The run whose folder, or whose report.json, `path` is."""
+def _read(path: str) -> Run | Evaluated:
+    """The run whose folder, or whose report.json, `path` is; else what mico eval left in that folder."""
     file = Path(path) if Path(path).name == REPORT else Path(path) / REPORT
+    if not file.is_file() and (file.parent / RESULTS).is_file():
+        return _read_alone(file.parent)
     if not file.is_file():
         what = "unfinished, or not a run folder of mico compress" if file.parent.is_dir() else "no such folder"
         raise UserError(f"{file} does not exist ({what}): give the folders that mico compress wrote")
@@ -137,14 +176,32 @@ def _read_evaluation(folder: Path) -> dict[str, Any] | None:
     """results.json of `mico eval FOLDER`; None where it was not run."""
     if not (folder / EVALUATION).exists():
         return None
-    found = read_json(folder / EVALUATION, f"delete it, or run mico eval {folder} again")
+    return _checked(folder / EVALUATION)
+
+
+def _read_alone(folder: Path) -> Evaluated:
+    """An evaluation of no run of the report. Raises UserError when no suite is in it."""
+    found = Evaluated(str(folder), _checked(folder / RESULTS))
+    if not found.suites:
+        raise UserError(f"{folder / RESULTS}: no suite was asked there: run mico eval with --suite, or leave it out")
+    return found
+
+
+def _checked(file: Path) -> dict[str, Any]:
+    """results.json. Raises UserError when it is none."""
+    found = read_json(file, _again(file))
     own = found.get("mico", {})
     parts = [(name, found.get(name, {})) for name in ("results", "n-shot", "versions", "n-samples", "mico")]
     parts.append(("mico.texts", own.get("texts", {}) if isinstance(own, dict) else {}))
     parts += [one for name, part in parts if name in ("results", "mico.texts") for one in _items(part)]
     for name, part in parts:
         if not isinstance(part, dict):
-            raise _no_evaluation(folder, f"{name} is no object")
+            raise _no_evaluation(file, f"{name} is no object")
+    suites = found.get("mico", {}).get("suites") or []
+    if not isinstance(suites, list) or any(
+        not isinstance(one, dict) or not set(one) >= NEEDED_OF_SUITE for one in suites
+    ):
+        raise _no_evaluation(file, "mico.suites is no list of records")
     return found
 
 
@@ -152,13 +209,17 @@ def _items(part: Any) -> list[tuple[str, Any]]:
     return list(part.items()) if isinstance(part, dict) else []
 
 
-def _no_evaluation(folder: Path, why: str) -> UserError:
-    return UserError(
-        f"{folder / EVALUATION} is no result of mico eval ({why}): delete it, or run mico eval {folder} again"
-    )
+def _no_evaluation(file: Path, why: str) -> UserError:
+    return UserError(f"{file} is no result of mico eval ({why}): {_again(file)}")
 
 
-def _distinct(runs: Sequence[Run]) -> list[Run]:
+def _again(file: Path) -> str:
+    """What to do about a results.json that cannot be used."""
+    inside = file.parent.name == EVALUATION.parent.name
+    return f"delete it, or run {f'mico eval {file.parent.parent}' if inside else 'its mico eval'} again"
+
+
+def _distinct(runs: Sequence[Run | Evaluated]) -> list[Run | Evaluated]:
     """Every folder once, as a pattern and a name beside it may give one twice."""
     return list({Path(run.folder).resolve(): run for run in reversed(runs)}.values())[::-1]
 

@@ -19,6 +19,7 @@ from mico.errors import UserError
 from mico.runs import RunFolder
 from mico.summary import print_report
 from mico.tables import perplexity_text
+from tests.comparison.evaluations import asked, packed, results
 from tests.workspace import Workspace, workspace
 
 Report = dict[str, Any]
@@ -218,3 +219,62 @@ def test_pages_written_anew_into_the_run_folder_are_no_damage(space: Workspace, 
     pages[0].write_text("")
     (run / "report.json").write_text("{}")
     assert RunFolder.view(run, arguments) is None
+
+
+# --- suites of questions about images -------------------------------------------------------------------------------
+
+
+def evaluated(folder: Path, results: dict[str, Any]) -> str:
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    return str(folder)
+
+
+def test_evaluations_alone_and_runs_stand_in_one_table(
+    report: Report, two_runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = evaluated(tmp_path / "dense", results(asked(score=0.8), asked(score=0.7, retain=36)))
+    three = put(tmp_path / "three", report, packed(asked(score=0.6, retain=36)))
+    page, data, text = (str(tmp_path / f"all.{kind}") for kind in ("html", "json", "md"))
+    command = ["report", two_runs[1], dense, three, "--html", page, "--json", data, "--markdown", text]
+    assert cli.main([*command, "--figures", str(tmp_path / "figures")]) == 0
+    shown = words(capsys.readouterr().out)
+    assert "pope by visual tokens" in shown and "Bits: true bits a weight" in shown and "2 runs, 2 arms" in shown
+    found = json.loads(Path(data).read_text())["visual"]
+    assert [(row["model"], row["ratios"]["score"]) for row in found] == [
+        ("tiny", 1.0), ("tiny", pytest.approx(0.875)), ("mi", pytest.approx(0.75))
+    ]  # fmt: skip
+    written = Path(text).read_text()
+    assert (
+        "## pope by visual tokens" in written and "| tiny | dense | 36 | sparsevlm 2.0 | 37.5 | **70.0%** |" in written
+    )
+    html = Path(page).read_text(encoding="utf-8")
+    assert "pope by visual tokens" in html and "pope: F1 by visual tokens" in html
+    assert (tmp_path / "figures" / "visual-1.png").stat().st_size > 1000
+
+
+def test_evaluations_alone_need_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = evaluated(tmp_path / "all", results(asked(score=0.8)))
+    two = evaluated(tmp_path / "few", results(asked(score=0.6, retain=36)))
+    html = tmp_path / "page.html"
+    found = mico.report([one, two, one], html=str(html), console=Console(file=io.StringIO()))
+    assert [row["folders"] for row in found["visual"]] == [[one], [two]] and found["arms"] == []
+    assert "mico: tiny compared" in html.read_text(encoding="utf-8")
+    assert cli.main(["report", one]) == 0
+    shown = words(capsys.readouterr().out)
+    assert "Suites of models/tiny" in shown and "Cost of a question" in shown and "pope by visual tokens" in shown
+    with pytest.raises(UserError, match="--baseline x: there is no run"):
+        mico.report([one], baseline="x")
+
+
+@pytest.mark.parametrize(
+    ("results", "told"),
+    [
+        (results(), "no suite was asked there"),
+        (results(dict(suite="pope")), "mico.suites is no list of records.*run its mico eval again"),
+        ({"mico": []}, "mico is no object"),
+    ],
+)
+def test_evaluations_that_hold_no_suite_are_told(tmp_path: Path, results: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        mico.report(evaluated(tmp_path / "one", results))

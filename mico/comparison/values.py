@@ -43,6 +43,12 @@ def compare(runs: Sequence[Run], baseline: str | None = None) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def nothing_compared() -> dict[str, Any]:
+    """The same values of no run at all, for a report of evaluations alone."""
+    lists: dict[str, Any] = {name: [] for name in ("arms", "tests", "ablations", "dense", "notices", "runs")}
+    return dict(format=FORMAT, version=VERSION, baseline=None) | lists
+
+
 def _baseline(arms: list[Arm], wanted: str | None) -> str:
     if wanted is None:
         return arms[0].name
