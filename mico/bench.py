@@ -24,7 +24,7 @@ from mico.files import atomic_json, check_writable
 from mico.loading import load_config, load_model, longest_text, pick_device
 from mico.loading.packed import packed_folder
 from mico.packed.blob import MASK
-from mico.packed.hf import unpacked
+from mico.packed.hf import quantized_inputs, unpacked
 from mico.packed.linear import CROSSOVER, EXECUTIONS, PATIENCE, PackedEmbedding, PackedLinear
 from mico.settings import choose
 from mico.tables import Section, size_text
@@ -70,6 +70,10 @@ def bench(
     set_execution(packed, execution)
     if not any(isinstance(module, PackedLinear) for module in packed.modules()):
         raise UserError(f"model {model}: none of its Linears is packed: there is nothing to compare")
+    if quantized_inputs(packed):
+        raise UserError(
+            f"model {model}: its activations are quantized, no dense model computes that: nothing to compare"
+        )
     prompts = {batch: random_ids(packed, batch, prompt_tokens) for batch in batches}
     with console.stage("first use"):  # makes what computes; the dense model is not there yet, for the sake of the peak
         found_logits = few_logits(packed)

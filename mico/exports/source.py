@@ -15,7 +15,7 @@ from mico.errors import UserError
 from mico.loading import load_config, load_tokenizer, quiet
 from mico.loading.packed import checked_packed_folder
 from mico.loading.safety import reason
-from mico.packed.hf import unpacked
+from mico.packed.hf import quantized_inputs, unpacked
 from mico.packed.linear import PackedEmbedding, PackedLinear
 from mico.packed.quantized import QuantizedWeight
 
@@ -99,6 +99,11 @@ def read_packed(name: str | Path) -> PackedSource:
             model = _load(folder, config.model_type, "auto")
     except Exception as error:  # what a damaged checkpoint says can fail in any way
         raise UserError(f"{folder}: the weights cannot be loaded: {reason(error)}") from error
+    if quantized_inputs(model):
+        raise UserError(
+            f"{folder}: its activations are quantized, on grids that the packed checkpoint alone holds: use it as it is, "
+            "no export can do that"
+        )
     modules = {
         name: module
         for name, module in model.named_modules()

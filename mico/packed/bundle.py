@@ -18,6 +18,7 @@ FILES = (
     "cpu",
     "gpu_kernel",
     "gpu",
+    "inputs",
     "linear",
     "experts",
     "hf",

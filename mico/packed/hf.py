@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mico.packed.blob import decode_labels
 from mico.packed.experts import any_expert, fuse, per_expert, put, unfuse
+from mico.packed.inputs import GRID_BYTES
 from mico.packed.linear import PackedEmbedding, PackedLinear
 
 METHOD = "mico"
@@ -162,11 +163,13 @@ def _packed_module(old: nn.Module, headers: dict[str, tuple[str, list[int]]], ke
         return PackedEmbedding(old.num_embeddings, old.embedding_dim, size, old.weight.dtype, old.weight.device)
     if not isinstance(old, nn.Linear):
         raise ValueError(f"{name}: a packed weight for a {type(old).__name__}; Linears and Embeddings can be packed")
-    bias = None
+    bias, stem = None, key.removesuffix(".weight")
     if old.bias is not None:
-        stored = headers.get(f"{key.removesuffix('.weight')}.bias")
+        stored = headers.get(f"{stem}.bias")
         bias = torch.empty_like(old.bias, dtype=_DTYPES[stored[0]] if stored else old.bias.dtype)
-    return PackedLinear(old.in_features, old.out_features, size, bias, old.weight.device)
+    grid = headers.get(f"{stem}.input_grid")
+    groups = 0 if grid is None else grid[1][0] // GRID_BYTES
+    return PackedLinear(old.in_features, old.out_features, size, bias, old.weight.device, input_groups=groups)
 
 
 def tie_head(model: Any, name: str, size: int) -> None:
@@ -197,6 +200,8 @@ def share_labels(model: Any, config: MicoConfig) -> None:
             head, shape = module.header(), (module.out_features, module.in_features)
             if (head.rows, head.channels) != shape:
                 raise ValueError(f"packed {head.rows} x {head.channels}, the model has {shape[0]} x {shape[1]}")
+            if isinstance(module, PackedLinear):
+                module.input_grid_3G()
             if head.borrows and leader not in labels:
                 labels[leader] = decode_labels(modules[leader].weight)  # type: ignore[arg-type]
         except ValueError as error:
@@ -206,7 +211,12 @@ def share_labels(model: Any, config: MicoConfig) -> None:
 
 
 def unpacked(model: Any, dtype: torch.dtype) -> Any:
-    """The model with dense Linears and embeddings in place of packed ones, tied as before, its experts fused."""
+    """The model with dense Linears and embeddings in place of packed ones, tied as before, its experts fused.
+
+    Raises ValueError where activations are quantized, which dense Linears cannot do.
+    """
+    if name := quantized_inputs(model):
+        raise ValueError(f"{name}: the activations of this model are quantized, dense Linears would not do that")
     dense: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules()):
         if not isinstance(module, (PackedLinear, PackedEmbedding)):
@@ -223,6 +233,12 @@ def unpacked(model: Any, dtype: torch.dtype) -> Any:
     if getattr(model.config, "auto_map", None):
         del model.config.auto_map
     return model
+
+
+def quantized_inputs(model: nn.Module) -> str | None:
+    """Name of the first Linear whose input is quantized, None where there is none."""
+    packed = ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear))
+    return next((name for name, module in packed if module.input_grid is not None), None)
 
 
 def _dense_module(module: Any, weight: nn.Parameter, dtype: torch.dtype) -> nn.Module:

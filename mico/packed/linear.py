@@ -18,6 +18,7 @@ from torch.nn import functional
 from mico.packed.blob import Header, decode, decode_rows
 from mico.packed.cpu import prepare_cpu
 from mico.packed.gpu import available, prepare_gpu
+from mico.packed.inputs import GRID_BYTES, by_channel, decode_grid, on_grid
 from mico.packed.quantized import QuantizedWeight
 
 EXECUTIONS = ("auto", "packed", "dense", "lean")
@@ -112,6 +113,8 @@ def _rows(quantized: QuantizedWeight, here: slice) -> QuantizedWeight:
 class PackedLinear(_Packed):
     """y = x W^T + b with a packed W. The bias keeps the dtype it is stored in.
 
+    input_grid: how x is quantized first (mico/packed/inputs.py), of `input_groups` runs of channels; None: not at all.
+
     execution: 'auto' as described above, 'packed' never keeps a dense weight where there is a kernel, 'dense' always
     does: bit-equal to the dense model in every dtype; 'lean' makes the same dense weight for every call anew.
     calls: how often each of 'kernel', 'dense' (kept) and 'unpacked' (made for one call) has served.
@@ -119,12 +122,17 @@ class PackedLinear(_Packed):
     them for its input is served by the dense weight.
     """
 
+    input_grid: torch.Tensor | None
+
     def __init__(
         self, in_features: int, out_features: int, size: int, bias: torch.Tensor | None = None, device: Any = None,
-        tied: bool = False,
+        tied: bool = False, input_groups: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(size, device, persistent=not tied)
         self.tied = tied
+        grid = torch.empty(GRID_BYTES * input_groups, dtype=torch.uint8, device=device) if input_groups else None
+        self.register_buffer("input_grid", grid)
+        self._inputs_3C: torch.Tensor | None = None
         self.in_features, self.out_features = in_features, out_features
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.execution = default_execution()
@@ -139,9 +147,24 @@ class PackedLinear(_Packed):
         super().forget()
         self.temporary_bytes = 0
         self._kernel, self._kernel_key, self._many, self._keeps_dense = None, None, 0, False
+        self._inputs_3C = None
+
+    def input_grid_3G(self) -> torch.Tensor | None:
+        """Bits, scale and zero of the runs of input channels, (3, G). Raises ValueError when they are damaged."""
+        return None if self.input_grid is None else decode_grid(self.input_grid, self.in_features)
+
+    def _on_grid(self, x: torch.Tensor) -> torch.Tensor:
+        if self._inputs_3C is None:
+            with torch.inference_mode(False), torch.no_grad():
+                grid_3G = self.input_grid_3G()
+                assert grid_3G is not None
+                self._inputs_3C = by_channel(grid_3G, self.in_features)
+        return on_grid(x, self._inputs_3C)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., C) -> (..., R)."""
+        if self.input_grid is not None:
+            x = self._on_grid(x)
         path = self._path(x)
         self.calls[path] += 1
         self.temporary_bytes = 0
