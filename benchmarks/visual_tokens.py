@@ -16,7 +16,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from time import perf_counter, process_time
 from typing import Any
 
@@ -24,8 +24,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mico.errors import UserError
 from mico.files import atomic_json
-from mico.loading import load_model
+from mico.loading import DTYPES, load_model, pick_device
 from mico.runs import versions
 from mico.visual_tokens import METHODS, VERSIONS, enable
 from mico.visual_tokens.flops import Shape, prefill_flops
@@ -51,11 +52,20 @@ class Setting:
     behind: int = 30
     batch: int = 1
     repeats: int = 5
-    threads: int = 1
+    threads: int = 0  # 0: as many as torch takes by itself
     processor_time: int = 0  # 1: of all threads, which busy neighbours distort less than wall time
-    device: str = "cpu"
-    dtype: str = "float32"
+    device: str = "auto"  # a GPU where there is one
+    dtype: str = "auto"  # bfloat16 on a GPU, else float32
     model: str = ""
+
+    def settled(self) -> Setting:
+        """The same with the device, the dtype and the threads that `auto` and 0 stand for."""
+        device = str(pick_device(self.device))
+        dtype = ("bfloat16" if device.startswith("cuda") else "float32") if self.dtype == "auto" else self.dtype
+        if dtype not in DTYPES:
+            raise UserError(f"--dtype {dtype}: choose from auto, {', '.join(DTYPES)}")
+        torch.set_num_threads(self.threads or torch.get_num_threads())
+        return replace(self, device=device, dtype=dtype, threads=torch.get_num_threads())
 
     def loaded(self) -> Any:
         """The model that is named, else one with the same random weights at every call."""
@@ -78,7 +88,7 @@ class Setting:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = LlavaForConditionalGeneration(config)
-        return model.to(self.device, getattr(torch, self.dtype)).eval().requires_grad_(False)
+        return model.to(self.device, DTYPES[self.dtype]).eval().requires_grad_(False)
 
     def inputs(self, model: Any) -> dict[str, torch.Tensor]:
         """A batch of random prompts with a picture each, all of one length."""
@@ -284,8 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     budgets, names = [int(part) for part in options.pop("retain").split(",")], options.pop("arms").split(",")
     if wrong := [name for name in names if name not in known or name == "oracle"]:
         parser.error(f"--arms {wrong[0]}: choose from {', '.join(name for name in known if name != 'oracle')}")
-    setting = Setting(**options)
-    torch.set_num_threads(setting.threads)
+    setting = Setting(**options).settled()
     console = Console()
     model = setting.loaded()
     with console.status("measuring") as status:

@@ -14,7 +14,7 @@ from mico.errors import UserError
 
 TINY = Setting(
     layers=4, hidden=128, ffn=160, vision_layers=2, vision_hidden=64, vision_ffn=96, side=84, before=5, behind=7,
-    repeats=2,
+    repeats=2, device="cpu", dtype="float32",
 )  # fmt: skip
 
 
@@ -54,6 +54,13 @@ def test_calls_alternate_and_leave_the_model_as_it_was(model):
         assert record["means"]["samples"] == 1 and len(ratios(record, "language")) == TINY.repeats
     with torch.inference_mode():
         assert torch.equal(model(**inputs).logits, before)
+
+
+def test_automatic_choices_are_told():
+    settled = Setting(device="cpu", threads=1).settled()
+    assert (settled.device, settled.dtype, settled.threads) == ("cpu", "float32", 1)
+    with pytest.raises(UserError, match="--dtype int8: choose from auto, float32"):
+        Setting(dtype="int8").settled()
 
 
 def test_the_ratio_is_that_of_neighbours():
