@@ -71,7 +71,7 @@ def pack_model(model: Any, family: Family, parts: Iterable[Mapping[str, Quantize
 
 
 def exactly(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor in `dtype` where that loses nothing, else in float16 where that does, else as it is; bytes stay."""
+    """The tensor in `dtype` where that loses nothing, else in float16 likewise, else as it is; bytes stay."""
     if not tensor.is_floating_point():
         return tensor
     for candidate in (dtype, torch.float16):

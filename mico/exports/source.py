@@ -101,7 +101,7 @@ def read_packed(name: str | Path) -> PackedSource:
         raise UserError(f"{folder}: the weights cannot be loaded: {reason(error)}") from error
     if quantized_inputs(model):
         raise UserError(
-            f"{folder}: its activations are quantized, on grids that the packed checkpoint alone holds: use it as it is, "
+            f"{folder}: its activations are quantized, on grids that the packed checkpoint alone holds: use that, "
             "no export can do that"
         )
     modules = {
