@@ -38,11 +38,12 @@ MOST_HELD = 1000  # conversations that --eval-share holds out, at most: each eva
 class Answers(Dataset):
     """Samples as rows: input_ids and labels (1, T), pixel_values, image_sizes. Pictures are read when asked for.
 
-    limit: tokens of a row. cut: rows so far whose answer lies behind it, which teach nothing.
+    limit: tokens of a row. cut: rows read so far whose answer lies behind it, which teach nothing.
     """
 
     def __init__(self, samples: Sequence[Sample], processor: Any, limit: int) -> None:
-        self.processor, self.limit, self.cut = processor, limit, 0
+        self.processor, self.limit = processor, limit
+        self.cut: set[int] = set()
         self.samples = [part for sample in samples for part in _by_answer(sample)]
 
     def __len__(self) -> int:
@@ -58,7 +59,8 @@ class Answers(Dataset):
                     f"{self.samples[index].place}: --seqlen {self.limit} is shorter than its picture: raise it"
                 )
             row |= {name: row[name][:, : self.limit] for name in ("input_ids", "labels")}
-        self.cut += not bool((row["labels"] != UNLABELLED).any())
+        if not bool((row["labels"] != UNLABELLED).any()):
+            self.cut.add(index)
         return row
 
     def batch(self, rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -124,11 +124,12 @@ def known_answers(
     """How well a model knows answers, with its visual tokens pruned or (tokens None) all of them.
 
     loss: cross-entropy a token of the answers; right: share of the answers of which every token is the likeliest one,
-    given those before it: these would be generated; answers and their tokens.
+    given those before it: these would be generated; answers and their tokens. Of pruned visual tokens also
+    equal_tokens and processed_tokens (means, as the field counts and as it is), and without_rater (a count of answers).
     """
-    pruning: Any = nullcontext() if tokens is None else enable(model, **asdict(tokens))
+    pruned: Any = nullcontext() if tokens is None else enable(model, **asdict(tokens))
     loss, right, asked, counted = 0.0, 0, 0, 0
-    with pruning:
+    with pruned as pruning:
         for batch in DataLoader(answers, batch_size, collate_fn=answers.batch):
             inputs = with_question({name: x.to(model.device) for name, x in batch.items()})
             labels_BT = inputs.pop("labels")
@@ -146,4 +147,9 @@ def known_answers(
             right, asked = right + int((has_B & ~missed_B).sum()), asked + int(has_B.sum())
             counted += len(targets_A)
             advance("")
-    return dict(loss=loss / max(1, counted), right=right / max(1, asked), answers=asked, tokens=counted)
+    found = dict(loss=loss / max(1, counted), right=right / max(1, asked), answers=asked, tokens=counted)
+    if pruning is None:
+        return found
+    means = pruning.totals.means()
+    costs = dict(equal_tokens=means["equal_tokens"], processed_tokens=means["processed_tokens"])
+    return found | costs | dict(without_rater=means["samples_without_rater"])

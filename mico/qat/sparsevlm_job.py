@@ -28,10 +28,11 @@ from mico.loading import (
     quiet,
 )
 from mico.loading import fingerprint as fingerprint_of
-from mico.loading.names import model_in
+from mico.loading.names import model_in, resolve
 from mico.metrics.vision.run import Tokens
 from mico.qat.answers import GRIDS, ImageText, read_answers
 from mico.qat.job import Request, Results, check_room, fit, place_of, write_results
+from mico.qat.lora import ADAPTER as ADAPTED
 from mico.qat.lora import merge_adapters, with_adapters
 from mico.qat.recipe import WATCHING, Training, options_of, processes, refuse_given
 from mico.runs import TRAINING, RunFolder
@@ -216,7 +217,7 @@ class SparseVLM:
         count = merge_adapters(adapted, merged.model)
         self.console.note(f"finetune: adapters of {count} Linears merged")
         merged.model.config.get_text_config().use_cache = True
-        adapted.peft_config["default"].base_model_name_or_path = self.request.model
+        adapted.peft_config[ADAPTED].base_model_name_or_path = resolve(self.source)
         with run.publish() as staging, quiet():
             adapted.save_pretrained(staging / ADAPTER, save_embedding_layers=False)
             merged.model.save_pretrained(staging / MODEL)
@@ -229,7 +230,7 @@ class SparseVLM:
         self, run: RunFolder, architecture: dict[str, Any], before: dict[str, Any], after: dict[str, Any],
         trained: int, results: Results,
     ) -> dict[str, Any]:  # fmt: skip
-        cut = self.data.train.cut + self.data.held.cut
+        cut = len(self.data.train.cut) + len(self.data.held.cut)
         return dict(
             model=self.request.model, architecture=architecture, tokens=asdict(self.tokens),
             settings=dict(method=self.request.method) | record(self.recipe) | dict(grouping=None),
@@ -253,7 +254,7 @@ class SparseVLM:
             f"command: {command_text(report['command'])}",
         ]
         if report["rows_cut"]:
-            lines.append(f"{report['rows_cut']} rows taught nothing: their answers lie behind --seqlen")
+            lines.append(f"{report['rows_cut']:,} rows taught nothing: their answers lie behind --seqlen")
         return [Section("Training under pruning", lines=tuple(lines)), _answers(report), costs_section(report)]
 
     @staticmethod
@@ -275,6 +276,9 @@ def _answers(report: dict[str, Any]) -> Section:
         rows.append((name, number(was["loss"]), number(now["loss"]), *shares))
     train, asked = report["training"]["train"], report["answers"]["after"]["pruned"]
     lines = (
+        f"Visual tokens in the mean of the layers: {asked['equal_tokens']:.1f} as the field counts, "
+        f"{asked['processed_tokens']:.1f} really processed; for {asked['without_rater']:,} questions no word "
+        "stood out, so that all of them judged.",
         f"{asked['answers']:,} answers held out, {asked['tokens']:,} tokens. Loss: cross-entropy a token. "
         "Right: answers whose every token is the likeliest one after those before it. Measured on the files written, "
         "read back.",
@@ -297,4 +301,5 @@ def card(report: dict[str, Any]) -> str:
         "plain LLaVA: tokens are pruned by `mico.visual_tokens.enable(model, "
         f"retain={tokens['retain']}, method={tokens['method']!r}, version={tokens['version']!r})`."
     )
-    return f"---\n{head}\n---\n\n# {Path(report['folder']).name}\n\n{text}\n\n{markdown([_answers(report)])}"
+    _, _, table = markdown([_answers(report)]).partition("\n\n")  # without its title
+    return f"---\n{head}\n---\n\n# {Path(report['folder']).name}\n\n{text}\n\n{table}"
