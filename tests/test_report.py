@@ -245,9 +245,7 @@ def test_evaluations_alone_and_runs_stand_in_one_table(
         ("tiny", 1.0), ("tiny", pytest.approx(0.875)), ("mi", pytest.approx(0.75))
     ]  # fmt: skip
     written = Path(text).read_text()
-    assert (
-        "## pope by visual tokens" in written and "| tiny | dense | 36 | sparsevlm 2.0 | 37.5 | **70.0%** |" in written
-    )
+    assert "## pope by visual tokens" in written and "| tiny | dense | 36 sparsevlm 2.0 | 37.5 | **70.0%** |" in written
     html = Path(page).read_text(encoding="utf-8")
     assert "pope by visual tokens" in html and "pope: F1 by visual tokens" in html
     assert (tmp_path / "figures" / "visual-1.png").stat().st_size > 1000

@@ -10,7 +10,7 @@ from mico.comparison.tables import stat_text
 from mico.comparison.visual import Row
 from mico.tables import NOTHING, Section, number, size_text
 
-SCORE = 5  # its column
+SCORE = 4  # its column
 ALL, DENSE = "all", "dense"  # visual tokens; weights
 
 
@@ -48,14 +48,14 @@ def flops_text(count: float) -> str:
     return size_text(count).removesuffix("B").replace("k", "K")
 
 
-def _tokens(row: Row) -> tuple[str, str]:
-    """Budget and method: ('192', 'sparsevlm 2.0'), ('all', '-')."""
-    return (ALL, NOTHING) if row["tokens"] is None else (str(row["tokens"]["retain"]), row["method"])
+def _tokens(row: Row) -> str:
+    """Budget and method: '192 sparsevlm 2.0', 'all'."""
+    return ALL if row["tokens"] is None else f"{row['tokens']['retain']} {row['method']}"
 
 
 def _suite(rows: Sequence[Row], place: int | None) -> Section:
     measure, peak = rows[0]["measure"], any("peak_device_bytes" in row["figures"] for row in rows)
-    columns = ("model", "bits", "tokens", "method", "a layer", measure, "kept", "s", "faster", "KV", "FLOPs")
+    columns = ("model", "bits", "visual tokens", "layer", measure, "kept", "s", "faster", "KV", "FLOPs")
     cells = [(*_cells(row), *([_plain(row, "peak_device_bytes", size_text)] if peak else [])) for row in rows]
     return Section(
         title_of(rows[0]["suite"], place), columns + (("peak memory",) if peak else ()), tuple(cells),
@@ -67,7 +67,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     figures, ratios = row["figures"], row["ratios"]
     faster = 1 / ratios["latency"] if "latency" in ratios else None
     return (
-        row["model"], bits_text(row), *_tokens(row),
+        row["model"], bits_text(row), _tokens(row),
         _plain(row, "processed_tokens", lambda value: number(value, 1)),
         stat_text(figures["score"], score_text(row["measure"])),
         f"{ratios['score']:.1%}" if "score" in ratios else NOTHING,
@@ -106,9 +106,8 @@ def _lines(rows: Sequence[Row]) -> list[str]:
     if against:
         lines.append(f"Kept and faster: against all visual tokens of {', '.join(against)}.")
     lines.append(
-        "Tokens: visual tokens asked for; a layer: those that a layer processes, mean over layers. Bits: true bits a "
-        "weight. s: seconds a question, prefill and answer. "
-        "KV and FLOPs: of a prompt, in the layers of the language model."
+        "Layer: visual tokens that a layer processes, mean over layers. Bits: true bits a weight. s: seconds a "
+        "question, prefill and answer. KV and FLOPs: of a prompt, in the layers of the language model."
     )
     for name, what in (("device", "devices"), ("batch_sizes", "batch sizes"), ("dtype", "dtypes")):
         values = {str(row[name]).strip("[]") for row in rows}
@@ -121,23 +120,23 @@ def _lines(rows: Sequence[Row]) -> list[str]:
 
 def _means(rows: Sequence[Row]) -> list[Section]:
     """What is kept in the mean over the suites, where a model was asked several with the same visual tokens."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["model"], *_tokens(row)), []).append(row)
+        groups.setdefault((row["model"], _tokens(row)), []).append(row)
     suites = {row["suite"] for row in rows}
     cells = [
         (
-            model, bits_text(several[0]), *tokens, _mean(several, "score"), _mean(several, "kv_bytes"),
+            model, bits_text(several[0]), tokens, _mean(several, "score"), _mean(several, "kv_bytes"),
             _mean(several, "prefill_flops"),
         )
-        for (model, *tokens), several in groups.items()
+        for (model, tokens), several in groups.items()
         if {row["suite"] for row in several} == suites and len(several) == len(suites)
     ]  # fmt: skip
     if len(suites) < 2 or not cells:
         return []
     lines = (f"Means over {', '.join(sorted(suites))} of what is left of the figures with all visual tokens.",)
     return [
-        Section("Kept, all suites", ("model", "bits", "tokens", "method", "score", "KV", "FLOPs"), tuple(cells), lines)
+        Section("Kept, all suites", ("model", "bits", "visual tokens", "score", "KV", "FLOPs"), tuple(cells), lines)
     ]
 
 
