@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,14 @@ from mico.errors import UserError
 ADAPTER = "default"  # peft's name of it
 
 
-def with_adapters(model: Any, family: Family, *, rank: int, alpha: float, dropout: float, seed: int) -> Any:
+def with_adapters(
+    model: Any, family: Family, *, rank: int, alpha: float, dropout: float, seed: int, also: Sequence[str] = (),
+    kinds: Mapping[type, type] | None = None,
+) -> Any:  # fmt: skip
     """A PeftModel around `model`, whose adapters alone are trained; they are float32 whatever the model is.
 
-    Every Linear that a stream of the family names gets one. Draws from torch's own generator, seeded with `seed`.
+    Every Linear that a stream of the family names gets one, and those that `also` names by their paths in the model.
+    kinds: layers derived from peft's, for kinds of Linears. Draws from torch's own generator, seeded with `seed`.
     Raises UserError where a Linear is packed or peft is not installed.
     """
     try:
@@ -31,8 +36,10 @@ def with_adapters(model: Any, family: Family, *, rank: int, alpha: float, dropou
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none",  # type: ignore[arg-type]
-        target_modules=rf"{re.escape(family.blocks)}\.\d+\.({named})",
+        target_modules="|".join([rf"{re.escape(family.blocks)}\.\d+\.({named})", *map(re.escape, also)]),
     )  # fmt: skip
+    if kinds:
+        config._register_custom_module(dict(kinds))
     return get_peft_model(model, config)
 
 
