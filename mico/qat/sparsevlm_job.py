@@ -151,10 +151,10 @@ class SparseVLM:
         trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
         check_room(run.path, trained, self.place, self.recipe, len(self.data.train), size)
         self.console.note(f"finetune: {trained:,} parameters of adapters are trained, those of the model stay")
-        results = self._train(run.path, loaded, adapted)
+        results = self._train(run.path, adapted)
         with self.console.stage("save"):
             self._save(run, adapted)
-        del loaded, adapted
+        adapted.to("meta")  # whoever still holds the model, its weights are gone before they are read again
         after = self._measured(self._load(str(run.path / MODEL), self._dtype()), "after")
         write_results(run.path, results)
         report = self._report(run, architecture, before, after, trained, results)
@@ -166,7 +166,7 @@ class SparseVLM:
     def follow(self, folder: Path) -> None:
         """Train with the others."""
         loaded = self._load(self.source, self._dtype())
-        self._train(folder, loaded, self._adapted(loaded))
+        self._train(folder, self._adapted(loaded))
 
     def _dtype(self) -> torch.dtype:
         """What the model is held in: with --bf16 its frozen weights need no more."""
@@ -199,15 +199,18 @@ class SparseVLM:
                     found[name] = known_answers(loaded.model, self.data.held, size, tokens, advance)
         return found
 
-    def _train(self, folder: Path, loaded: LoadedModel, adapted: Any) -> Results:
+    def _train(self, folder: Path, adapted: Any) -> Results:
         from mico.qat.pruned import PrunedTrainer
 
         recipe, hidden = self.recipe, self.console.quiet or not sys.stderr.isatty()
         on_cpu = self.request.device == "cpu" or not torch.cuda.is_available()
+        arguments = recipe.arguments(folder / TRAINING, hidden, on_cpu)
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # Trainer would copy the model to the others by DataParallel: copies are not pruned
+            self.console.note(f"finetune: one of {torch.cuda.device_count()} GPUs is used; torchrun uses all of them")
         trainer = PrunedTrainer(
-            model=adapted, train_dataset=self.data.train, eval_dataset=self.data.held,
-            data_collator=self.data.train.batch, args=recipe.arguments(folder / TRAINING, hidden, on_cpu),
-            tokens=self.tokens, share=recipe.kd_weight,
+            model=adapted, args=arguments, train_dataset=self.data.train, eval_dataset=self.data.held,
+            data_collator=self.data.train.batch, tokens=self.tokens, share=recipe.kd_weight,
         )  # fmt: skip
         return fit(trainer, folder, self.console)
 
