@@ -11,6 +11,7 @@ from mico.callable import callable_module
 from mico.console import Console
 from mico.files import atomic_json, check_writable, read_json
 from mico.metrics.perplexity import parse_texts
+from mico.qat.cmibq_job import Bottleneck
 from mico.qat.job import Job, Request, own_randomness
 from mico.qat.paretoq_job import ParetoQ
 from mico.qat.sparsevlm_job import SparseVLM
@@ -21,7 +22,7 @@ from mico.stages import results_root
 from mico.tables import Section, size_text
 
 callable_module(__name__)
-METHODS: dict[str, type[Job]] = {"paretoq": ParetoQ, "sparsevlm": SparseVLM}
+METHODS: dict[str, type[Job]] = {"paretoq": ParetoQ, "sparsevlm": SparseVLM, "cmibq": Bottleneck}
 
 
 def finetune(

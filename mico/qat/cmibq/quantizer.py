@@ -156,8 +156,12 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., C) -> (..., R), in the dtype of x or of autocast."""
+        return self.with_weight(x, self.weight)
+
+    def with_weight(self, x: torch.Tensor, weight_RC: torch.Tensor) -> torch.Tensor:
+        """As `forward`, had the Linear this weight."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return functional.linear(self.inputs(x), self.quantized().to(x.dtype), bias)
+        return functional.linear(self.inputs(x), self.weight_quantizer(weight_RC).to(x.dtype), bias)
 
     @torch.no_grad()
     def quantized_weight(self) -> QuantizedWeight:

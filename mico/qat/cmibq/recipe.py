@@ -1,0 +1,122 @@
+"""Options of `mico finetune --method cmibq`, a record for each stage."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mico.errors import UserError
+from mico.files import read_json
+from mico.qat.cmibq.levels import BITS
+from mico.qat.cmibq.settings import Settings
+from mico.qat.recipe import Training
+from mico.settings import choose
+
+ALLOCATIONS = ("learned", "uniform", "knapsack")
+GROUP = 128  # columns of a weight that share a scale a row, and a width
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantizing(Training):
+    """Options of both stages.
+
+    scale_learning_rate: of steps, zero points, priors and the heads of the alignment loss. ib_weight: beta, of the rate
+    in the loss.
+    """
+
+    scale_learning_rate: float = 1e-3
+    ib_weight: float = 1e-2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._must_be("scale_learning_rate", lambda value: 0 < value < math.inf, "above 0")
+        self._must_be("ib_weight", lambda value: 0 <= value < math.inf, "0 or more")
+        if self.fsdp is not None or self.zero_stage == 3:
+            raise UserError(
+                "--method cmibq needs whole weights in every process, to quantize them: leave --fsdp out, and choose "
+                "zero_optimization stage 1 or 2 for --deepspeed"
+            )
+
+    @property
+    def zero_stage(self) -> int:
+        """Stage of ZeRO that a DeepSpeed configuration asks for, 0 without one."""
+        if self.deepspeed is None:
+            return 0
+        asked: Any = read_json(Path(self.deepspeed), "give a DeepSpeed configuration as JSON").get(
+            "zero_optimization", {}
+        )
+        return asked.get("stage", 0) if isinstance(asked, dict) else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shaping(Quantizing):
+    """Stage 1: weights, steps and widths are learned together.
+
+    bits_allocation: learned; or fixed before the training: uniform (every group has the target), knapsack (by squared
+    gradients and errors of the dense model). use_ib: None: where widths are learned.
+    """
+
+    num_train_epochs: float = 3.0
+    bits_allocation: str = "learned"
+    target_bits_act: float = 4.0
+    target_bits_weight: float = 4.0
+    num_groups: int = 8
+    group_size: int = GROUP
+    use_ib: bool | None = None
+    use_importance: bool = True
+    theta_learning_rate: float = 1e-2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choose("--bits-allocation", self.bits_allocation, ALLOCATIONS)
+        self._must_be("group_size", lambda value: value >= 1, "at least 1")
+        self._must_be("theta_learning_rate", lambda value: 0 < value < math.inf, "above 0")
+        for option in ("target_bits_act", "target_bits_weight"):
+            value = getattr(self, option)
+            if self.bits_allocation == "uniform" and value not in BITS:
+                raise UserError(
+                    f"--{option.replace('_', '-')} {value:g}: with --bits-allocation uniform choose from "
+                    f"{', '.join(map(str, BITS))}"
+                )
+        self.settings()  # which checks the others
+
+    def settings(self) -> Settings:
+        learned = self.bits_allocation == "learned"
+        return Settings(
+            target_bits_act=self.target_bits_act, target_bits_weight=self.target_bits_weight,
+            num_groups=self.num_groups, weight_group=self.group_size, ib_weight=self.ib_weight, seed=self.seed,
+            use_ib=learned if self.use_ib is None else self.use_ib, use_importance=self.use_importance,
+            preference=Settings.preference if learned else 0.0,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aligning(Quantizing):
+    """Stage 2: widths stay; adapters, or (use_lora False) the weights of projector and language model, are trained.
+
+    use_align: pull pictures to the text that asks about them, align_weight: of that in the loss.
+    """
+
+    num_train_epochs: float = 2.0
+    ib_weight: float = 1e-3
+    use_align: bool = True
+    align_weight: float = 0.3
+    use_lora: bool = True
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._must_be("lora_rank", lambda value: value >= 1, "at least 1")
+        self._must_be("lora_alpha", lambda value: 0 < value < math.inf, "above 0")
+        self._must_be("align_weight", lambda value: 0 < value < math.inf, "above 0, or leave it out for --no-align")
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the weights, or of their adapters."""
+        return self.learning_rate or 1e-5
+
+
+STAGES: dict[int, type[Quantizing]] = {1: Shaping, 2: Aligning}

@@ -1,0 +1,170 @@
+"""The two stages: what each starts from, and how widths are chosen for good."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import distributed
+
+from mico.adapters.family import Family
+from mico.errors import UserError
+from mico.qat.answers import Answers
+from mico.qat.cmibq.levels import BITS
+from mico.qat.cmibq.recipe import Aligning, Shaping
+from mico.qat.cmibq.settings import Settings
+from mico.qat.cmibq.sites import TOWER, VISION, find_sites, read_tower_blocks
+from mico.qat.cmibq.start import observe
+from mico.qat.cmibq.student import NLL, TOKENS, Student
+from mico.qat.cmibq.wrap import CMIBQ, wrap
+
+CALIBRATION = 128  # answers that steps start from
+MEASURED = 32  # batches of a process by which widths are chosen for good
+SURE = 100.0  # a logit that leaves the other widths no share
+
+Batch = dict[str, torch.Tensor]
+
+
+def spaced_batches(answers: Answers, size: int, count: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+    """At most `count` rows, evenly spaced over the data, in batches of `size`; those of one of several processes."""
+    count = min(count, len(answers))
+    places = [index * len(answers) // count for index in range(count)]
+    mine = places[rank::world] or places[:1]  # who has none measures the first again: all must come to the same end
+    for start in range(0, len(mine), size):
+        yield answers.batch([answers[place] for place in mine[start : start + size]])
+
+
+def _placed(batch: Batch, device: Any) -> Batch:
+    return {name: x.to(device) for name, x in batch.items()}
+
+
+# --- stage 1 --------------------------------------------------------------------------------------------------------
+
+
+def shaped(model: Any, recipe: Shaping, answers: Answers) -> Student:
+    """The student of stage 1 around a dense float32 LLaVA; widths that are not learned are chosen."""
+    size = recipe.per_device_train_batch_size
+    batches = [_placed(batch, model.device) for batch in spaced_batches(answers, size, CALIBRATION)]
+    model.requires_grad_(True)
+    try:
+        cmibq = wrap(model, recipe.settings(), observe(model, find_sites(model), batches))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    freeze_unread(model)
+    student = Student(model)
+    if recipe.bits_allocation == "uniform":
+        for kind, target in zip(cmibq.kinds, (recipe.target_bits_act, recipe.target_bits_weight), strict=True):
+            kind.fix(torch.full_like(kind.chosen_I, BITS.index(int(target))))
+    elif recipe.bits_allocation == "knapsack":
+        _choose_dense(student, batches)
+    return student
+
+
+def freeze_unread(model: Any) -> None:
+    """Parameters of the vision tower behind the states that the projector reads get no gradient: none waits for one."""
+    read = tuple(f"{name}." for name, _ in read_tower_blocks(model))
+    blocks = read[0].rpartition(".0.")[0] + "."
+    for name, parameter in model.named_parameters():
+        behind = name.startswith(blocks) and not name.startswith(read)
+        if name.startswith(f"{TOWER}.") and (behind or ".post_layernorm." in name):
+            parameter.requires_grad_(False)
+
+
+def measure(student: Student, batches: list[Batch]) -> None:
+    """What every width loses by these batches, forward and backward without a step; of all processes together."""
+    cmibq = student.cmibq
+    cmibq.forget_measurements()
+    student.train()
+    with torch.enable_grad():
+        for batch in batches:
+            terms = student(**_placed(batch, student.llava.device))
+            (terms[NLL] / terms[TOKENS].clamp_min(1)).backward()
+            student.zero_grad(set_to_none=True)
+
+
+def harden(student: Student, answers: Answers, size: int) -> None:
+    """Choose the widths of a training in which they were learned. Raises UserError where a target cannot be met."""
+    rank, world = 0, 1
+    if distributed.is_available() and distributed.is_initialized():
+        rank, world = distributed.get_rank(), distributed.get_world_size()
+    measure(student, list(spaced_batches(answers, size, MEASURED * size * world, rank, world)))
+    student.cmibq.harden()
+
+
+def _choose_dense(student: Student, batches: list[Batch]) -> None:
+    """Widths by what they lose in the dense model, as near as the widest come to it: no training has moved a thing."""
+    cmibq = student.cmibq
+    with torch.no_grad():
+        for kind in cmibq.kinds:
+            kind.allocator.residual[:, -1] = SURE
+    cmibq.progress = 1.0
+    measure(student, batches)
+    cmibq.harden()
+    with torch.no_grad():
+        for kind in cmibq.kinds:
+            kind.allocator.residual.zero_()
+    cmibq.progress = 0.0
+
+
+# --- stage 2 --------------------------------------------------------------------------------------------------------
+
+
+def aligned(
+    model: Any, family: Family, recipe: Aligning, settings: Settings, state: Mapping[str, torch.Tensor], teacher: Any
+) -> Student:
+    """The student of stage 2 around the dense LLaVA that stage 1 started from; state: what stage 1 left.
+
+    teacher: the same dense model once more; None where nothing is aligned.
+    """
+    wrap(model, settings, None)
+    load_state(model, state)
+    model.requires_grad_(False)
+    chosen: Any = model
+    if recipe.use_lora:
+        from mico.qat.cmibq.adapters import adapted  # imports peft
+
+        chosen = adapted(model, family, rank=recipe.lora_rank, alpha=recipe.lora_alpha, seed=recipe.seed)
+    else:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith((f"{TOWER}.", "cmibq.")) and ".weight_quantizer." not in name)
+    _learn_steps(model, model.cmibq)
+    return Student(chosen, teacher, recipe.align_weight)
+
+
+def load_state(model: Any, state: Mapping[str, torch.Tensor]) -> None:
+    """What `whole_state` gave, into a wrapped model of the same shapes."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing, unknown = model.load_state_dict(state, strict=False)
+    lost = [*unknown, *(name for name in missing if name not in tied)]
+    if lost:
+        raise UserError(f"the state of stage 1 does not fit the model, as '{lost[0]}': run stage 1 again")
+
+
+def whole_state(model: Any) -> dict[str, torch.Tensor]:
+    """All that a wrapped model is, tied tensors once."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def _learn_steps(model: Any, cmibq: CMIBQ) -> None:
+    """Steps and priors of projector and language model go on learning; nothing needs gradients of the vision tower."""
+    for number, site in enumerate(cmibq.sites):
+        if site.modality == VISION:
+            continue
+        parts: list[Any] = [cmibq.inputs[number], *(_linear(model, name).weight_quantizer for name in site.linears)]
+        parts += [cmibq.priors[number]] if cmibq.settings.use_ib else []
+        for part in parts:
+            part.requires_grad_(True)
+
+
+def _linear(model: Any, name: str) -> Any:
+    module = model.get_submodule(name)
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
+def merged(student: Student) -> Any:
+    """The LLaVA with its adapters in its weights. No bit of what it computes changes."""
+    if hasattr(student.model, "merge_and_unload"):
+        student.model = student.model.merge_and_unload()
+    return student.model
