@@ -253,7 +253,7 @@ def table(setting: Setting, model: Any, found: Sequence[dict[str, Any]]) -> Tabl
     for record in found:
         made.add_row(*_row(record, dense, fixed))
     made.caption = (
-        f"LM: {dense / 1e9:.0f} GFLOP dense; in both arms besides: {fixed / 1e9:.0f} GFLOP (vision tower, projector, "
+        f"LM: {dense / 1e9:.3g} GFLOP dense; in both arms besides: {fixed / 1e9:.3g} GFLOP (vision tower, projector, "
         f"head of the last token). Goals: of FLOPs within {1 - NEAR:.1f} to {1 + NEAR:.1f}, LM faster >= {TWICE:g} at "
         "64 tokens."
     )

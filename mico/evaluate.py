@@ -337,13 +337,14 @@ class _Job:
 
 
 def _facts(loaded: LoadedModel) -> dict[str, Any]:
-    """What tells models apart; of a packed one also what it was made from and its true bits a weight."""
+    """What tells models apart; of a packed one also what it was made from, its true bits a weight, and those of its
+    activations where its manifest has them."""
     packed = loaded.folder / PACKED_MANIFEST
     manifest = read_json(packed) if packed.is_file() else {}
     return dict(
         source=loaded.source, family=loaded.family.name, fingerprint=loaded.fingerprint, device=str(loaded.device),
-        dtype=str(loaded.dtype).removeprefix("torch."), base_model=manifest.get("base_model"),
-        true_bits=manifest.get("true_bits"),
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        **{name: manifest.get(name) for name in ("base_model", "true_bits", "activation_bits")},
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ COSTS = (
     "latency", "seconds", "new_tokens", "visual_tokens", "prompt_tokens", "equal_tokens", "processed_tokens",
     "kv_bytes", "prefill_flops", "peak_device_bytes",
 )  # fmt: skip
+BITS = ("true_bits", "activation_bits")  # of a compressed model
 COMPARED = ("score", "latency", "kv_bytes", "prefill_flops")  # of which rows tell their ratio to the reference
 SAME = ("suite", "data", "limit")  # what two rows must share to be compared
 
@@ -102,8 +103,8 @@ def _row(label: str, members: Sequence[tuple[Evaluated, dict[str, Any]]]) -> Row
     first, record = members[0]
     by_seed: dict[int, list[dict[str, float]]] = {}
     for one, found in members:
-        values = {"score": headline(found["suite"], found["figures"])[1], "true_bits": one.own.get("true_bits")}
-        values |= {name: found.get(name) for name in COSTS}
+        values: dict[str, Any] = {"score": headline(found["suite"], found["figures"])[1]}
+        values |= {name: one.own.get(name) for name in BITS} | {name: found.get(name) for name in COSTS}
         known = {name: float(value) for name, value in values.items() if value is not None}
         by_seed.setdefault(one.seed, []).append(known)
     base = first.own.get("base_model")

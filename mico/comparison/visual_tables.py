@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mico.comparison.tables import stat_text
-from mico.comparison.visual import Row
+from mico.comparison.visual import BITS, Row
 from mico.tables import NOTHING, Section, number, size_text
 
 SCORE = 4  # its column
@@ -38,9 +38,10 @@ def score_text(measure: str) -> Callable[[float], str]:
 
 
 def bits_text(row: Row) -> str:
-    """True bits a weight."""
-    bits = row["figures"].get("true_bits")
-    return DENSE if bits is None else stat_text(bits | dict(sd=None), lambda value: number(value, 3))
+    """'3.132': true bits a weight; '3.132 a 4.00' where activations are quantized too."""
+    found = [row["figures"].get(name) for name in BITS]
+    parts = [(bits["mean"], digits) for bits, digits in zip(found, (3, 2), strict=True) if bits is not None]
+    return " a ".join(number(*part) for part in parts) or DENSE
 
 
 def flops_text(count: float) -> str:
@@ -113,6 +114,8 @@ def _lines(rows: Sequence[Row]) -> list[str]:
         values = {str(row[name]).strip("[]") for row in rows}
         if len(values) > 1:
             lines.append(f"Seconds are not comparable: {what} {', '.join(sorted(values))}.")
+    if any("activation_bits" in row["figures"] for row in rows):
+        lines.append("Bits behind an a: of an activation.")
     if any(row["n"] > 1 for row in rows):
         lines.append("Mean ± sample standard deviation over the seeds.")
     return lines

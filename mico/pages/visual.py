@@ -48,7 +48,7 @@ def _figure(rows: Sequence[Row], place: int, section: str) -> Figure | None:
     shown = dict(list(lines.items())[:MOST_LINES])
     return Figure(
         f"visual-{place}", f"{suite}: {measure} by visual tokens", caption, f"Lines. {told}.",
-        partial(_draw, shown, _dense(rows), measure), section=section, height=230 + 17 * (len(shown) + 1), wide=True,
+        partial(_draw, shown, _dense(rows), measure), section=section, height=230 + 17 * (len(shown) + 1),
     )  # fmt: skip
 
 

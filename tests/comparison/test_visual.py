@@ -100,6 +100,11 @@ def test_seeds_of_an_arm_are_one_row() -> None:
     assert pruned["model"] == "mi" and pruned["seeds"] == [1]  # by the fingerprint of the run
 
 
+def test_bits_of_activations_stand_beside_those_of_weights() -> None:
+    (table,) = visual_sections(rows(packed(asked(), bits=3.1234, activation_bits=4.0), results(asked())))
+    assert [row[1] for row in table.rows] == ["3.123 a 4.00", "dense"] and "Bits behind an a" in table.lines[-1]
+
+
 def test_tables_show_every_cost_and_what_is_not_even() -> None:
     dense = results(asked(), asked(score=0.72, retain=36, batch_size=4), asked("mme", 1400.0), asked("mme", 1250.0, 36))
     three = packed(asked(score=0.76, retain=36, peak_device_bytes=5_000_000), asked("mme", 1200.0, 36))
