@@ -201,9 +201,13 @@ def finetune(
     model: o.Model, method: t.Method = "paretoq", w_bits: t.WBits = None, group_size: t.GroupSize = None,
     init: t.Init = None, retain_tokens: t.RetainTokens = None, token_method: t.TokenMethod = None,
     sparsevlm_version: t.SparseVlmVersion = None, adaptive: t.Adaptive = False, lora_rank: t.LoraRank = None,
-    lora_alpha: t.LoraAlpha = None, lora_dropout: t.LoraDropout = None, train_file: t.TrainFile = None,
-    image_folder: t.ImageFolder = None, eval_file: t.EvalFile = None, eval_share: t.EvalShare = 0.05,
-    seqlen: t.Seqlen = None, num_train_epochs: t.Epochs = 1.0,
+    lora_alpha: t.LoraAlpha = None, lora_dropout: t.LoraDropout = None, stage: t.Stage = None,
+    bits_allocation: t.BitsAllocation = None, target_bits_act: t.TargetBitsAct = None,
+    target_bits_weight: t.TargetBitsWeight = None, num_groups: t.NumGroups = None, use_ib: t.UseIb = None,
+    ib_weight: t.IbWeight = None, use_importance: t.UseImportance = None, theta_learning_rate: t.ThetaRate = None,
+    use_align: t.UseAlign = None, align_weight: t.AlignWeight = None, use_lora: t.UseLora = None,
+    train_file: t.TrainFile = None, image_folder: t.ImageFolder = None, eval_file: t.EvalFile = None,
+    eval_share: t.EvalShare = 0.05, seqlen: t.Seqlen = None, num_train_epochs: t.Epochs = None,
     max_steps: t.MaxSteps = None, learning_rate: t.LearningRate = None, scale_learning_rate: t.ScaleRate = None,
     lr_scheduler_type: t.Scheduler = "cosine", warmup_steps: t.Warmup = 0.0, weight_decay: t.WeightDecay = 0.0,
     max_grad_norm: t.MaxGradNorm = 1.0, per_device_train_batch_size: t.TrainBatch = 8,
@@ -215,7 +219,7 @@ def finetune(
     trust_remote_code: o.TrustRemoteCode = False, save: o.Save = None, device: t.Device = "auto",
     json: o.JsonFile = None, debug: o.Debug = False, verbose: o.Verbose = 0, quiet: o.Quiet = False,
 ) -> None:  # fmt: skip
-    """Train a model at few bits (a compressed one keeps its zeros), or a LLaVA for few visual tokens."""
+    """Train a model at few bits (a compressed one keeps its zeros), a LLaVA for few visual tokens or learned widths."""
     _before_imports(offline, quiet)
     from mico.finetune import finetune as run
     from mico.finetune import sections
@@ -226,14 +230,17 @@ def finetune(
         w_bits=None if w_bits is None else bits_of(w_bits), group_size=group_size, init=init,
         scale_learning_rate=scale_learning_rate, kd=kd, kd_weight=kd_weight, retain_tokens=retain_tokens,
         token_method=token_method, sparsevlm_version=sparsevlm_version, adaptive=adaptive or None, lora_rank=lora_rank,
-        lora_alpha=lora_alpha, lora_dropout=lora_dropout,
+        lora_alpha=lora_alpha, lora_dropout=lora_dropout, stage=stage, bits_allocation=bits_allocation,
+        target_bits_act=target_bits_act, target_bits_weight=target_bits_weight, num_groups=num_groups, use_ib=use_ib,
+        ib_weight=ib_weight, use_importance=use_importance, theta_learning_rate=theta_learning_rate,
+        use_align=use_align, align_weight=align_weight, use_lora=use_lora, num_train_epochs=num_train_epochs,
     )  # fmt: skip
     report = run(
         model, method=method, train_file=train_file, image_folder=image_folder, eval_file=eval_file,
         eval_share=eval_share, seqlen=seqlen,
         teacher=teacher, eval=eval, data_dir=data_dir, device=device, offline=offline,
         trust_remote_code=trust_remote_code, save=save, json=json, console=_console(quiet, verbose),
-        num_train_epochs=num_train_epochs, max_steps=max_steps, learning_rate=learning_rate,
+        max_steps=max_steps, learning_rate=learning_rate,
         lr_scheduler_type=lr_scheduler_type, warmup_steps=warmup_steps, weight_decay=weight_decay,
         max_grad_norm=max_grad_norm, per_device_train_batch_size=per_device_train_batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps, bf16=bf16,

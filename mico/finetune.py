@@ -53,6 +53,9 @@ def finetune(
     method 'sparsevlm' trains a LLaVA for pruned visual tokens on image-text data and writes it dense. train_file,
     image_folder: as `load_image_text` takes them, or 'grids'. training: the fields of Pruned
     (mico/qat/sparsevlm_job.py).
+    method 'cmibq' quantizes weights and activations of a LLaVA at learned widths, in two stages, on the same data.
+    model: the dense one, or (stage=2) the run folder of stage 1. training: `stage`, fields of Shaping or Aligning
+    (mico/qat/cmibq/recipe.py).
     A killed run goes on from its last checkpoint with the same command. Started by torchrun or accelerate, the
     processes share the work; the report of all but the first is empty. Raises UserError for what the user can mend.
     """

@@ -8,11 +8,17 @@ from mico.options import _choice, _option
 from mico.vision_options import METHODS as TOKEN_METHODS
 
 _TEXT, _QUANTIZATION, _TRAINING, _LOG = "Text", "Quantization", "Training", "Log and checkpoints"
-_PRUNING = "Visual tokens (--method sparsevlm)"
+_PRUNING, _ADAPTERS = "Visual tokens (--method sparsevlm)", "Adapters"
+_WIDTHS = "Learned widths (--method cmibq)"
 
 Method = Annotated[
     str,
-    _choice(_TRAINING, "--method", ("paretoq", "sparsevlm"), "At few bits, or with few visual tokens."),
+    _choice(
+        _TRAINING,
+        "--method",
+        ("paretoq", "sparsevlm", "cmibq"),
+        "At few bits, with few visual tokens, or (cmibq) a LLaVA with learned widths of weights and activations.",
+    ),
 ]
 WBits = Annotated[
     str | None,
@@ -23,7 +29,8 @@ WBits = Annotated[
 GroupSize = Annotated[
     int | None,
     _option(
-        _QUANTIZATION, "--group-size", help="Consecutive channels that share a step.", show_default="a whole row"
+        _QUANTIZATION, "--group-size", help="Consecutive channels that share a step.",
+        show_default="a whole row; cmibq 128",
     ),
 ]  # fmt: skip
 Init = Annotated[
@@ -49,19 +56,81 @@ SparseVlmVersion = Annotated[
 Adaptive = Annotated[
     bool, _option(_PRUNING, "--adaptive", help="Let the rank of the attention choose how many tokens stay.")
 ]
-LoraRank = Annotated[int | None, _option(_PRUNING, "--lora-rank", help="Rank of the adapters.", show_default="16")]
+LoraRank = Annotated[int | None, _option(_ADAPTERS, "--lora-rank", help="Rank of the adapters.", show_default="16")]
 LoraAlpha = Annotated[
-    float | None, _option(_PRUNING, "--lora-alpha", help="Adapters count alpha / rank.", show_default="32")
+    float | None, _option(_ADAPTERS, "--lora-alpha", help="Adapters count alpha / rank.", show_default="32")
 ]
 LoraDropout = Annotated[
-    float | None, _option(_PRUNING, "--lora-dropout", help="Of the adapters' inputs.", show_default="0")
+    float | None, _option(_ADAPTERS, "--lora-dropout", help="Of the adapters' inputs.", show_default="0")
 ]
+Stage = Annotated[
+    int | None,
+    _option(
+        _WIDTHS, "--stage", metavar="1|2",
+        help="1 learns the widths of MODEL; 2 goes on from MODEL, the folder that stage 1 left, with its widths.",
+        show_default="1",
+    ),
+]  # fmt: skip
+BitsAllocation = Annotated[
+    str | None,
+    _choice(
+        _WIDTHS, "--bits-allocation", ("learned", "uniform", "knapsack"),
+        "Who chooses widths; knapsack: squared gradients of the dense model.", show_default="learned",
+    ),
+]  # fmt: skip
+TargetBitsAct = Annotated[
+    float | None, _option(_WIDTHS, "--target-bits-act", help="Average bits an activation, 2 to 8.", show_default="4")
+]
+TargetBitsWeight = Annotated[
+    float | None, _option(_WIDTHS, "--target-bits-weight", help="Average bits a weight, 2 to 8.", show_default="4")
+]
+NumGroups = Annotated[
+    int | None, _option(_WIDTHS, "--num-groups", help="Channel groups of an activation.", show_default="8")
+]
+UseIb = Annotated[
+    bool | None,
+    _option(
+        _WIDTHS, "--use-ib/--no-ib", help="The information rate of activations counts in the loss.",
+        show_default="use-ib where widths are learned",
+    ),
+]  # fmt: skip
+IbWeight = Annotated[
+    float | None,
+    _option(_WIDTHS, "--ib-weight", help="Beta, of the rate.", show_default="0.01; 0.001 in stage 2"),
+]
+UseImportance = Annotated[
+    bool | None,
+    _option(
+        _WIDTHS, "--use-importance/--no-importance", help="What gradients tell decides widths.",
+        show_default="use-importance",
+    ),
+]  # fmt: skip
+ThetaRate = Annotated[
+    float | None, _option(_WIDTHS, "--theta-learning-rate", help="Of what decides widths.", show_default="0.01")
+]
+UseAlign = Annotated[
+    bool | None,
+    _option(
+        _WIDTHS, "--use-align/--no-align", help="Stage 2: pull pictures to the text that asks about them.",
+        show_default="use-align",
+    ),
+]  # fmt: skip
+AlignWeight = Annotated[
+    float | None, _option(_WIDTHS, "--align-weight", help="Of the alignment in the loss.", show_default="0.3")
+]
+UseLora = Annotated[
+    bool | None,
+    _option(
+        _WIDTHS, "--use-lora/--no-lora",
+        help="Stage 2: train adapters of projector and language model, or their weights.", show_default="use-lora",
+    ),
+]  # fmt: skip
 TrainFile = Annotated[
     str | None,
     _option(
         _TEXT, "--train-file", metavar="FILE",
-        help="JSONL rows with a field 'text', or a text file. sparsevlm: LLaVA-Instruct JSON, a webdataset tar or a "
-        "folder of them, or 'grids'.", show_default="the documentation inside Python; grids with tiny-llava",
+        help="JSONL rows with a field 'text', or a text file. sparsevlm, cmibq: LLaVA-Instruct JSON, a webdataset "
+        "tar or a folder of them, or 'grids'.", show_default="the documentation inside Python; grids with tiny-llava",
     ),
 ]  # fmt: skip
 ImageFolder = Annotated[
@@ -82,19 +151,23 @@ Seqlen = Annotated[
     int | None,
     _option(_TEXT, "--seqlen", help="Tokens of a training window.", show_default="the model's maximum, at most 1024"),
 ]
-Epochs = Annotated[float, _option(_TRAINING, "--num-train-epochs", help="Passes over the text.")]
+Epochs = Annotated[
+    float | None,
+    _option(_TRAINING, "--num-train-epochs", help="Passes over the data.", show_default="1; cmibq 3, in stage 2 2"),
+]
 MaxSteps = Annotated[
     int | None, _option(_TRAINING, "--max-steps", help="Optimizer steps, instead of epochs.", show_default=False)
 ]
 LearningRate = Annotated[
     float | None,
     _option(
-        _TRAINING, "--learning-rate", help="Of the weights.", show_default="2e-5; 1e-5 at 3 and 4 bits; adapters 2e-4"
+        _TRAINING, "--learning-rate", help="Of the weights.",
+        show_default="2e-5; 1e-5 at 3 and 4 bits and in stage 2 of cmibq; sparsevlm 2e-4",
     ),
 ]  # fmt: skip
 ScaleRate = Annotated[
     float | None,
-    _option(_TRAINING, "--scale-learning-rate", help="Of the steps.", show_default="--learning-rate"),
+    _option(_TRAINING, "--scale-learning-rate", help="Of the steps.", show_default="--learning-rate; cmibq 0.001"),
 ]
 Scheduler = Annotated[str, _option(_TRAINING, "--lr-scheduler-type", help="A schedule of transformers.")]
 Warmup = Annotated[float, _option(_TRAINING, "--warmup-steps", help="Steps; below 1, their share of all.")]

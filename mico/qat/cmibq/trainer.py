@@ -16,6 +16,7 @@ from mico.qat.cmibq.student import NLL, TOKENS, Student
 from mico.qat.cmibq.wrap import parameter_groups
 
 WEIGHTS = "model.safetensors"  # of a checkpoint, as Trainer reads it
+LEARNING = ("/temperature", "_lambda")  # figures that mean nothing once widths are chosen
 
 
 class BottleneckTrainer(Trainer):
@@ -147,7 +148,8 @@ class _Steps(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """While the gradients are there."""
-        self.trainer.figures = self._student.cmibq.metrics()
+        found, fixed = self._student.cmibq.metrics(), self._student.cmibq.fixed
+        self.trainer.figures = {name: value for name, value in found.items() if not (fixed and name.endswith(LEARNING))}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """In every process, before a checkpoint is written."""
