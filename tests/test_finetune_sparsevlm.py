@@ -187,6 +187,28 @@ def test_what_cannot_be_trained_is_refused(model: Path, pairs: dict[str, str], t
         train(packed, pairs, tmp_path / "f")
 
 
+def test_a_reference_model_trains_on_grids_by_itself(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mico.qat.sparsevlm_job.is_reference", lambda _: True)
+    monkeypatch.setattr("mico.qat.answers.PICTURES", 4)
+    monkeypatch.setattr("mico.qat.answers.HELD_PICTURES", 2)
+    report = mico.finetune(str(model), method="sparsevlm", device="cpu", save=str(tmp_path / "run"))
+    assert report["tokens"]["retain"] == 1 and report["answers"]["after"]["pruned"]["answers"] == 16
+    assert report["training"]["train"]["epoch"] == 1.0 and report["data"].count("32 answers to train on") == 1
+
+
+def test_a_picture_that_cannot_be_read_is_named_and_may_be_replaced(model: Path, tmp_path: Path) -> None:
+    pairs = dict(train_file=str(instruct(tmp_path)), image_folder=str(tmp_path / "images"))
+    bad = tmp_path / "images" / "5.png"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:60])
+    with pytest.raises(UserError, match=r"5.png: the picture cannot be read"):
+        train(model, pairs, tmp_path / "run")
+    bad.write_bytes(whole)
+    assert train(model, pairs, tmp_path / "run")["rows_cut"] == 0
+
+
 def test_an_archive_of_pairs_trains(model: Path, tmp_path: Path) -> None:
     report = train(model, dict(train_file=str(archive(tmp_path / "pairs.tar"))), tmp_path / "run", max_steps=1)
     assert report["data"].count("4 answers to train on, 4 of them about a picture, 2 to evaluate on") == 1

@@ -147,10 +147,13 @@ def naive_loss(student: Any, teacher: Any, tokens: Tokens, share: float) -> floa
     return total / count
 
 
-@pytest.mark.parametrize(("version", "share"), [("2.0", 0.3), ("1.0", 1.0), ("2.0", 0.0)])
-def test_the_loss_is_that_of_a_naive_computation(tmp_path: Path, version: str, share: float) -> None:
+@pytest.mark.parametrize(
+    ("method", "version", "share"),
+    [("sparsevlm", "2.0", 0.3), ("sparsevlm", "1.0", 1.0), ("fastv", "2.0", 0.0), ("cls", "2.0", 0.3)],
+)
+def test_the_loss_is_that_of_a_naive_computation(tmp_path: Path, method: str, version: str, share: float) -> None:
     """The teacher of the naive one is a model without adapters that nothing is pruned of."""
-    tokens, model = Tokens(12, version=version), adapted(llava())
+    tokens, model = Tokens(12, method, version), adapted(llava())
     made = trainer(model, tmp_path, tokens, share)
     model.train()
     loss = made.compute_loss(model, collate(ROWS, 0), num_items_in_batch=torch.tensor(9))
