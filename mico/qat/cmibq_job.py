@@ -184,7 +184,7 @@ class Bottleneck:
         report = self._report(run, architecture, answers, layers, rest, bits, results)
         atomic_write(run.path / "report.md", markdown(self.told(report)).encode())
         write_page(run.path / "report.html", report)
-        card = f"{model_card(report)}\n{markdown([quality(report)])}"
+        card = f"{model_card(report)}\n#{markdown([quality(report)])}"
         atomic_write(run.path / MODEL / "README.md", card.encode())
         facts = {name: report["size"][name] for name in ("true_bits", "nominal_bits", "sparsity", "stored_bits")}
         write_manifest(run.path / MODEL, dict(base_model=self.base, settings=report["settings"], **facts))
