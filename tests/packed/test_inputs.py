@@ -13,8 +13,7 @@ from mico.packed.blob import encode
 from mico.packed.inputs import by_channel, decode_grid, encode_grid, on_grid
 from mico.packed.linear import PackedLinear
 from mico.packed.quantized import QuantizedWeight
-from mico.qat.cmibq.levels import quantize
-from mico.qat.cmibq.static import ActivationGrid
+from mico.qat.cmibq.levels import Steps, half_levels, quantize, runs
 
 BITS, SCALE, ZERO = (2, 8, 5), (0.3, 0.011, 0.07), (0.5, -3.25, 1.0)
 
@@ -42,7 +41,8 @@ def test_values_go_to_the_nearest_level_of_their_run() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_as_in_training(dtype: torch.dtype) -> None:
     x_NC = values().to(dtype)
-    trained = quantize(x_NC, ActivationGrid(("a",), 10, BITS, SCALE, ZERO).steps())
+    scale_MGK, zero_MGK = (torch.tensor(part)[None, :, None] for part in (SCALE, ZERO))
+    trained = quantize(x_NC, Steps(scale_MGK, zero_MGK, half_levels(torch.tensor(BITS))[:, None], runs(10, 3)))
     assert torch.equal(on_grid(x_NC, by_channel(decode_grid(encode_grid(BITS, SCALE, ZERO), 10), 10)), trained)
 
 

@@ -19,11 +19,14 @@ How the parts meet, as a training does it:
     stage 2
         wrap(model, settings, None); model.load_state_dict(...)  widths come with the state
         loss    = NLL + 0.3 Alignment(...)(pooled(projector tokens), pooled(teacher), text_keys(...)).loss + penalty
-        LoRA merged: refit_weights(model)
+        LoRA merged: no bit changes                              adapters.py   the sum with an adapter is quantized
     export
         quantized_weights(model)                                 packed/       bit-exact with the forward pass
-        cmibq.activation_grids() -> quantize_inputs(model, ...)  static.py     the same activations, after packing
+        cmibq.activation_grids()                                 static.py     grids that packed Linears hold
         bit_map(model)
+
+stages.py does the first and the last of it, student.py and trainer.py what is between, save.py the export and what is
+checked of it, told.py the report; recipe.py has the options. The verb is mico/qat/cmibq_job.py.
 
 levels.py is the arithmetic of all quantizers, quantizer.py their modules; allocator.py and bits.py make widths from
 what importance.py measures; widths.py keeps the widths of activations, and those of weights, together.

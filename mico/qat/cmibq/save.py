@@ -18,7 +18,6 @@ from mico.checkpoint import exactly, save_packed, set_execution
 from mico.errors import UserError
 from mico.files import atomic_json, save_tensors
 from mico.loading import LoadedModel, copy_processor, quiet
-from mico.packed.inputs import encode_grid
 from mico.packed.linear import PackedLinear
 from mico.packed.quantized import QuantizedWeight, label_bits
 from mico.qat.cmibq.knapsack import TOLERANCE
@@ -125,7 +124,7 @@ def _bare(module: QuantLinear, grid: ActivationGrid) -> nn.Linear:
     """A Linear that holds the bias and the grid of its input alone: its weight is written from the packed form."""
     linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
     linear.bias = module.bias
-    linear.register_buffer("input_grid", encode_grid(grid.bits_G, grid.scale_G, grid.zero_G))
+    linear.register_buffer("input_grid", grid.encoded())
     return linear
 
 
@@ -137,7 +136,7 @@ def _record(
     path, streams = family.place(block)
     stream = next(row.name for row in streams if name.removeprefix(f"{path}.") in row.linears)
     beside = 0 if module.bias is None else 8 * exactly(module.bias.detach(), dtype).nbytes
-    beside += 8 * encode_grid(grid.bits_G, grid.scale_G, grid.zero_G).nbytes
+    beside += 8 * grid.encoded().nbytes
     record = weight_record(block, stream, name, weight, label_bits(weight.label_C), beside)
     return record | dict(error=None, fallbacks=[])
 

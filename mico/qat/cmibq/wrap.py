@@ -270,14 +270,6 @@ def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
     return {name: module.quantized_weight() for name, module in quant_linears(model).items()}
 
 
-@torch.no_grad()
-def refit_weights(model: nn.Module) -> None:
-    """Search the steps of all weights again: after LoRA has been merged into them. Widths stay."""
-    for module in quant_linears(model).values():
-        scale_RGK, _ = weight_steps(module.weight, module.weight_quantizer.label_C)
-        module.weight_quantizer.log_scale.copy_(scale_RGK.log())
-
-
 def bit_map(model: Any) -> dict[str, Any]:
     """Widths of every group as plain values: averages, and by site its modality, activations and weights."""
     made: CMIBQ = model.cmibq

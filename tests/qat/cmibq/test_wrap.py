@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -14,14 +13,12 @@ from mico.packed.blob import decode, encode
 from mico.packed.linear import PackedLinear
 from mico.qat.cmibq.levels import BITS
 from mico.qat.cmibq.settings import Settings
-from mico.qat.cmibq.static import ActivationGrid, quantize_inputs
 from mico.qat.cmibq.wrap import (
     CMIBQ,
     bit_map,
     parameter_groups,
     quant_linears,
     quantized_weights,
-    refit_weights,
     wrap,
 )  # fmt: skip
 from mico.qat.modules import put_module
@@ -92,17 +89,14 @@ def test_packed_weights_and_static_grids_compute_what_was_trained_bit_for_bit() 
         assert torch.equal(weights[name].dequantize(), module.quantized())
         stored = decode(encode(weights[name]))
         assert torch.equal(stored.dequantize(), module.quantized()) and stored.bits_G == weights[name].bits_G
-    records = json.loads(json.dumps({name: grid.record() for name, grid in cmibq.activation_grids().items()}))
-    grids = {name: ActivationGrid.of(record, name) for name, record in records.items()}
     bare = dense()
     for name, weight in weights.items():
         put_module(bare, name, _packed(bare.get_submodule(name), weight))
     without = logits(bare)
-    handles = quantize_inputs(bare, grids)
+    for grid in cmibq.activation_grids().values():
+        for name in grid.linears:
+            bare.get_submodule(name).input_grid = grid.encoded()
     assert torch.equal(logits(bare), expected) and not torch.equal(without, expected)
-    for handle in handles:
-        handle.remove()
-    assert torch.equal(logits(bare), without)
 
 
 def _packed(linear: nn.Linear, weight: Any) -> PackedLinear:
@@ -111,20 +105,6 @@ def _packed(linear: nn.Linear, weight: Any) -> PackedLinear:
     made.weight = blob
     made.execution = "dense"
     return made
-
-
-def test_damaged_grids_and_foreign_models_are_refused() -> None:
-    record = ActivationGrid(("lm_head",), 64, (4, 8), (0.1, 0.2), (0.0, 0.5)).record()
-    for field, value, said in (
-        ("bits", [4, 7], "bits 7"), ("scale", [0.1, 0.0], "scale 0.0"), ("zero", [0.0, float("nan")], "zero nan"),
-        ("bits", [4], "bits, scale and zero differ in length"), ("channels", "x", "ValueError"),
-        ("linears", None, "TypeError"),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match=f"activation grid of 'a.site': {said}"):
-            ActivationGrid.of(record | {field: value}, "a.site")
-    for path, said in (("nowhere", "no 'nowhere'"), ("model.multi_modal_projector.linear_1", "64 channels")):
-        with pytest.raises(UserError, match=said):
-            quantize_inputs(dense(), {"a.site": ActivationGrid.of(record | dict(linears=[path]), "a.site")})
 
 
 def test_the_knapsack_meets_both_targets_on_what_training_measured() -> None:
@@ -188,7 +168,6 @@ def test_low_rank_adapters_learn_on_chosen_widths_and_merge_into_the_weights() -
     before, after = (quant_linears(part) for part in (model, merged))
     changed = {name for name in before if not torch.equal(before[name].weight, after[name].weight)}
     assert before.keys() == after.keys() and len(changed) == 16
-    refit_weights(merged)
     assert bit_map(merged)["averages"] == bit_map(model)["averages"]
     for name, weight in quantized_weights(merged).items():
         assert torch.equal(weight.dequantize(), after[name].quantized())
@@ -238,18 +217,6 @@ def test_metrics_have_their_names_and_the_rate_warms_up() -> None:
     plain, bare = made(use_ib=False)
     plain(**batch(0))
     assert set(bare.penalty()) == {"act_bits", "weight_bits"} and not len(bare.priors)
-
-
-def test_steps_are_searched_again_after_weights_have_changed() -> None:
-    model, cmibq = made(trained=False)
-    mixed(cmibq)
-    linear = quant_linears(model)["model.language_model.layers.1.mlp.up_proj"]
-    linear.weight.data *= 5
-    clipped = (linear.quantized() - linear.weight).norm()
-    chosen = cmibq.weights.chosen_I.clone()
-    refit_weights(model)
-    assert (linear.quantized() - linear.weight).norm() < 0.5 * clipped
-    assert torch.equal(cmibq.weights.chosen_I, chosen)
 
 
 def test_without_importance_widths_follow_relative_errors() -> None:
