@@ -249,6 +249,8 @@ def test_evaluations_alone_and_runs_stand_in_one_table(
     html = Path(page).read_text(encoding="utf-8")
     assert "pope by visual tokens" in html and "pope: F1 by visual tokens" in html
     assert (tmp_path / "figures" / "visual-1.png").stat().st_size > 1000
+    (alone,) = mico.report(three, html=page, console=Console(file=io.StringIO()))["visual"]
+    assert alone["model"] == "mi" and alone["reference"] is None and '"visual":[' in Path(page).read_text("utf-8")
 
 
 def test_evaluations_alone_need_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

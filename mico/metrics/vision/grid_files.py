@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,13 @@ def _write_pope(folder: Path, pictures: int, seed: int) -> None:
     (folder / "val2014").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     lines: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    for number, example in enumerate(examples("test", pictures, seed + 1, per_image=0)):
-        image = f"COCO_val2014_{number:012d}.png"
+    # of two questions about a picture the second asks for a digit that a row has
+    for number, example in enumerate(examples("test", pictures, seed + 1, per_image=2)):
+        image, present = f"COCO_val2014_{number:012d}.png", example.questions[1]
         example.image.save(folder / "val2014" / image)
-        row = int(rng.integers(CELLS))
-        present = int(rng.choice(example.digits[row]))
         for split in SPLITS:
-            for digit, label in ((present, "yes"), (absent(example, row, split, rng), "no")):
-                text = f"Is there a {digit} in row {row + 1}?"
+            digit = absent(example, present.cells[0][0], split, rng)
+            for text, label in ((present.text, "yes"), (re.sub(r"\d", str(digit), present.text, count=1), "no")):
                 made = dict(question_id=len(lines[split]) + 1, image=image, text=text, label=label)
                 lines[split].append(made)
     for split, rows in lines.items():
