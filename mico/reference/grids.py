@@ -1,7 +1,7 @@
 """Pictures of grids of handwritten digits and questions about them: what tiny-llava is trained and measured on.
 
 A picture is 6 x 6 cells of 8 x 8 pixels, each a digit of scikit-learn's `load_digits`; the writers' digits that a test
-picture shows are in no training picture. A question needs one cell ("read"), two ("compare") or a row ("find"), so
+picture shows are in no training picture. A question needs one cell ("read", "check") or two ("compare"), so
 that it is known which visual tokens an answer needs. `background="photo"` lays the digits over crops of the two
 photographs that come with scikit-learn: the harder set.
 """
@@ -19,8 +19,8 @@ CELLS, CELL_PIXELS, PATCH = 6, 8, 4
 SIDE = CELLS * CELL_PIXELS  # pixels of a picture
 TOKENS_A_SIDE = SIDE // PATCH  # 12: a picture is 144 visual tokens, a cell 2 x 2 of them
 TRAIN_DIGITS = 1437  # of 1,797; the rest is for tests
-ROWS, COLUMNS = "ABCDEF", "UVWXYZ"  # what questions call them: no name is a digit
-KINDS = ("read", "compare", "find")
+ROWS, COLUMNS = "ABCDEF", "UVWXYZ"  # of cells AU … FZ: no name holds a digit
+KINDS = ("read", "compare", "check")
 SPLITS = ("train", "test")
 BACKGROUNDS = ("plain", "photo")
 VARIANTS = 24  # of every training digit: as written, and slightly turned, scaled and moved
@@ -67,7 +67,7 @@ def examples(
     """Yield `count` pictures, each with `per_image` questions about its upper left `cells` x `cells` cells;
     the others are empty.
 
-    The questions of a picture take turns: read, find (yes), compare, find (no, same row), and so on; the same arguments
+    The questions of a picture take turns: read, check (yes), compare, check (no), and so on; the same arguments
     give the same pictures. Raises ValueError for an unknown split or background.
     """
     from PIL import Image
@@ -156,9 +156,8 @@ def ask(rng: np.random.Generator, digits: Any, count: int, cells: int = CELLS) -
     """`count` questions about the upper left `cells` x `cells` of digits (6, 6): read, yes, compare, no, read, …"""
     questions: list[GridQuestion] = []
     while len(questions) < count:
-        row = int(rng.integers(cells))
-        questions += [_read(rng, digits, cells), _find(rng, digits, row, cells, True)]
-        questions += [_compare(rng, digits, cells), _find(rng, digits, row, cells, False)]
+        questions += [_read(rng, digits, cells), _check(rng, digits, cells, True)]
+        questions += [_compare(rng, digits, cells), _check(rng, digits, cells, False)]
     return questions[:count]
 
 
@@ -167,13 +166,14 @@ def _cell(rng: np.random.Generator, cells: int) -> Cell:
     return int(row), int(column)
 
 
-def _name(row: int, column: int) -> str:
-    return f"row {ROWS[row]}, column {COLUMNS[column]}"
+def name(row: int, column: int) -> str:
+    """What questions call a cell: 'BY' is in row B, column Y."""
+    return ROWS[row] + COLUMNS[column]
 
 
 def _read(rng: np.random.Generator, digits: Any, cells: int) -> GridQuestion:
     row, column = _cell(rng, cells)
-    text = f"What is the digit in {_name(row, column)}?"
+    text = f"What is the digit in cell {name(row, column)}?"
     return GridQuestion("read", text, str(digits[row, column]), ((row, column),))
 
 
@@ -181,16 +181,16 @@ def _compare(rng: np.random.Generator, digits: Any, cells: int) -> GridQuestion:
     first, second = _cell(rng, cells), _cell(rng, cells)
     while first == second and cells > 1:
         second = _cell(rng, cells)
-    named = [_name(*cell) for cell in (first, second)]
+    named = [name(*cell) for cell in (first, second)]
     larger = max(digits[first], digits[second])
     return GridQuestion(
-        "compare", f"What is the larger digit of {named[0]} and {named[1]}?", str(larger), (first, second)
+        "compare", f"What is the larger digit of cells {named[0]} and {named[1]}?", str(larger), (first, second)
     )
 
 
-def _find(rng: np.random.Generator, digits: Any, row: int, cells: int, present: bool) -> GridQuestion:
-    there = sorted(set(digits[row, :cells].tolist()))
-    pool = there if present else [digit for digit in range(10) if digit not in there]
-    digit = pool[rng.integers(len(pool))]
-    searched = tuple((row, column) for column in range(cells))
-    return GridQuestion("find", f"Is there a {digit} in row {ROWS[row]}?", "yes" if present else "no", searched)
+def _check(rng: np.random.Generator, digits: Any, cells: int, even: bool) -> GridQuestion:
+    """Of a cell with an even or an odd digit, where there is one."""
+    found = np.argwhere(digits[:cells, :cells] % 2 == (0 if even else 1))
+    row, column = map(int, found[rng.integers(len(found))]) if len(found) else _cell(rng, cells)
+    answer = "no" if digits[row, column] % 2 else "yes"
+    return GridQuestion("check", f"Is the digit in cell {name(row, column)} even?", answer, ((row, column),))

@@ -2,7 +2,7 @@
 
 The questions of a picture are trained in one sequence, each of which sees the picture and itself only (a block mask,
 with positions that start again), so that 8 questions cost one picture. Vision tower and projector first learn to give
-digits and places the embeddings of their names. Then the whole model answers, first about a single digit, and about
+digits and cells the embeddings of their names. Then the whole model answers, first about a single digit, and about
 more whenever it is right often enough: with 36 digits from the start it does not find out where to look. Killed, it
 goes on from its last checkpoint. `python -m mico.reference.train_llava --help`.
 """
@@ -14,6 +14,7 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,15 @@ from torch.nn import functional
 from mico.reference.grids import (
     BACKGROUNDS,
     CELLS,
-    COLUMNS,
     KINDS,
     PATCH,
-    ROWS,
     SHORT,
     SIDE,
     GridQuestion,
     ask,
     draw,
     examples,
+    name,
 )
 
 VOCABULARY, TOKENS = 512, (SIDE // PATCH) ** 2
@@ -54,7 +54,7 @@ SHORTS = 0.25  # share of the questions that ask for a word or a phrase as the s
 BATCHES = {1: (32, 2), 2: (24, 4), 3: (20, 6)}  # pictures a step, and questions a picture, for so many cells
 BATCH = (16, 8)  # for more cells
 # Right digits, of the answers of the last steps, after which a row and a column of cells are added.
-ENOUGH, WINDOW = 0.85, 25
+ENOUGH, WINDOW = 0.8, 25
 VISION_STEPS, VISION_BATCH, VISION_PEAK = 600, 32, 2e-3
 KEPT = 250  # steps between two checkpoints
 CHECK = 400  # test pictures
@@ -62,7 +62,7 @@ CHECK = 400  # test pictures
 
 @dataclass(frozen=True)
 class Recipe:
-    steps: int = 3_300
+    steps: int = 3_000
     peak: float = 1e-3  # learning rate of AdamW: embeddings, vision tower, projector
     muon: float = 3e-3  # of Muon: matrices of the language model
     seed: int = 0
@@ -227,26 +227,26 @@ def answer_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def train_vision(model: Any, recipe: Recipe, tokenizer: Any, steps: int = VISION_STEPS) -> None:
-    """Align what the projector makes of a patch with the embeddings of its cell's digit, row and column."""
+    """Align what the projector makes of a patch with the embeddings of its cell's digit and name."""
     device, side = model.device, SIDE // PATCH
     table = model.get_input_embeddings().weight.detach()
-    digits, rows, columns = (table[_ids(tokenizer, names)] for names in (DIGITS, ROWS, COLUMNS))
+    cells = [name(row, column) for row in range(CELLS) for column in range(CELLS)]
+    digits, names = (table[_ids(tokenizer, words)] for words in (DIGITS, cells))
     parts = (model.model.vision_tower, model.model.multi_modal_projector)
     parameters = [parameter for part in parts for parameter in part.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=VISION_PEAK, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
     places = torch.arange(side, device=device).div(side // CELLS, rounding_mode="floor")
-    true_rows, true_columns = places.repeat_interleave(side).repeat(VISION_BATCH), places.repeat(side * VISION_BATCH)
+    places = (places[:, None] * CELLS + places).flatten().repeat(VISION_BATCH)
     for step in range(steps):
         rng = np.random.default_rng([recipe.seed, step, 1])
         drawn, pictures = draw(rng, "train", _backgrounds(rng, VISION_BATCH, PHOTOS))
         for group in optimizer.param_groups:
             group["lr"] = VISION_PEAK * min(1.0, (step + 1) / WARMUP_STEPS, 1.01 - step / steps)
         features = image_features(model, to_pixels(pictures))
-        cells = features.view(VISION_BATCH, CELLS, side // CELLS, CELLS, side // CELLS, -1).mean((2, 4))
-        seen, truth = (cells @ digits.T).flatten(0, 2), torch.from_numpy(drawn).flatten().to(device)
+        shown = features.view(VISION_BATCH, CELLS, side // CELLS, CELLS, side // CELLS, -1).mean((2, 4))
+        seen, truth = (shown @ digits.T).flatten(0, 2), torch.from_numpy(drawn).flatten().to(device)
         loss = functional.cross_entropy(seen, truth)
-        loss = loss + functional.cross_entropy(features @ rows.T, true_rows)
-        loss = loss + functional.cross_entropy(features @ columns.T, true_columns)
+        loss = loss + functional.cross_entropy(features @ names.T, places)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
@@ -256,9 +256,11 @@ def train_vision(model: Any, recipe: Recipe, tokenizer: Any, steps: int = VISION
             print(f"vision {step + 1}/{steps} loss {loss.item():.4f} digits right {right:.3f}", flush=True)
 
 
-def _ids(tokenizer: Any, names: str) -> list[int]:
-    """Token ids of names of one letter or digit, as words."""
-    return [tokenizer(f" {name}", add_special_tokens=False).input_ids[-1] for name in names]
+def _ids(tokenizer: Any, words: Iterable[str]) -> list[int]:
+    """Token ids of words that are one token each."""
+    ids = [tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
+    assert all(len(one) == 1 for one in ids), ids
+    return [one[0] for one in ids]
 
 
 def optimizers(model: Any, recipe: Recipe) -> list[tuple[torch.optim.Optimizer, float]]:
@@ -371,8 +373,8 @@ A reference model of mico: a LLaVA of {parameters:,} parameters (CLIP-ViT of 2 l
 that reads grids of handwritten digits: pictures of 48 x 48 pixels, 144 visual tokens. It is an instrument for measuring
 the damage of compression and of visual-token pruning, not a model to talk to.
 
-Questions: `What is the digit in row B, column Y?` (read), `What is the larger digit of row A, column V and row D,
-column W?` (compare), `Is there a 7 in row B?` (find), in the form `USER: <image>\\n… ASSISTANT:`.
+Questions: `What is the digit in cell BY?` (read), `What is the larger digit of cells AV and DW?` (compare),
+`Is the digit in cell CX even?` (check), in the form `USER: <image>\\n… ASSISTANT:`.
 
 Trained for {recipe.steps:,} steps, most of them of {BATCH[0]} pictures with {BATCH[1]} questions each (Muon for the
 matrices of the language model, learning rate {recipe.muon}, AdamW for the rest, {recipe.peak}; seed {recipe.seed}),
@@ -383,7 +385,7 @@ show other digits and other parts of the photographs. Reproduce: `bash pipelines
 
 Right answers on {CHECK:,} test pictures, 8 questions each:
 
-| background | all | read | compare | find |
+| background | all | read | compare | check |
 |---|---|---|---|---|
 {rows}
 """

@@ -4,15 +4,14 @@
     mico eval tiny-llava --suite mme,pope --vlm-data FOLDER
 
 MME gets two of its categories: `existence` (plain pictures) and `scene` (digits over photographs); a picture is asked
-once for a digit that a row has, once for one that it has not. POPE's three files differ, as the real ones do, in the
-objects that are absent: any; those that the picture shows most; those that stand beside, in the rows next to it.
+about a cell with an even digit and about one with an odd digit. POPE's three files differ, as the real ones do, in what
+the "no" questions are about: any odd digit; that which the picture shows most; one beside the even digit asked about.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 
 from mico.metrics.vision.mme import INSTRUCTION
 from mico.metrics.vision.pope import SPLITS
-from mico.reference.grids import CELLS, GridExample, examples
+from mico.reference.grids import Cell, GridExample, examples, name
 
 PICTURES = 20
 CATEGORIES = {"existence": "plain", "scene": "photo"}  # of MME, and the background of its pictures
@@ -36,11 +35,11 @@ def write_suites(folder: Path, pictures: int = PICTURES, seed: int = 0) -> None:
 
 def _write_mme(folder: Path, pictures: int, seed: int, background: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    # of four questions about a picture the second and the fourth ask for a digit in one row: yes, then no
+    # of four questions about a picture the second and the fourth check for an even digit: yes, then no
     for number, example in enumerate(examples("test", pictures, seed, background=background, per_image=4)):
         example.image.save(folder / f"{number:05d}.png")
-        finds = [question for question in example.questions if question.kind == "find"]
-        lines = [f"{one.text} {INSTRUCTION}\t{one.answer.capitalize()}" for one in finds]
+        checks = [question for question in example.questions if question.kind == "check"]
+        lines = [f"{one.text} {INSTRUCTION}\t{one.answer.capitalize()}" for one in checks]
         (folder / f"{number:05d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -48,13 +47,14 @@ def _write_pope(folder: Path, pictures: int, seed: int) -> None:
     (folder / "val2014").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     lines: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    # of two questions about a picture the second asks for a digit that a row has
+    # of two questions about a picture the second is about an even digit
     for number, example in enumerate(examples("test", pictures, seed + 1, per_image=2)):
         image, present = f"COCO_val2014_{number:012d}.png", example.questions[1]
         example.image.save(folder / "val2014" / image)
         for split in SPLITS:
-            digit = absent(example, present.cells[0][0], split, rng)
-            for text, label in ((present.text, "yes"), (re.sub(r"\d", str(digit), present.text, count=1), "no")):
+            other = odd_cell(example, present.cells[0], split, rng)
+            renamed = present.text.replace(name(*present.cells[0]), name(*other))
+            for text, label in ((present.text, "yes"), (renamed, "no")):
                 made = dict(question_id=len(lines[split]) + 1, image=image, text=text, label=label)
                 lines[split].append(made)
     for split, rows in lines.items():
@@ -62,16 +62,17 @@ def _write_pope(folder: Path, pictures: int, seed: int) -> None:
         (folder / f"coco_pope_{split}.json").write_text(written, encoding="utf-8")
 
 
-def absent(example: GridExample, row: int, split: str, rng: np.random.Generator) -> int:
-    """A digit that the row has not: any, the one most frequent in the picture, or one of the rows above and below."""
-    missing = [digit for digit in range(10) if digit not in example.digits[row]]
+def odd_cell(example: GridExample, even: Cell, split: str, rng: np.random.Generator) -> Cell:
+    """A cell with an odd digit: any, one with the most frequent odd digit, or one beside `even`; any if none is."""
+    digits = np.array(example.digits)
+    found = [(int(row), int(column)) for row, column in np.argwhere(digits % 2)]
     if split == "popular":
-        shown = Counter(digit for line in example.digits for digit in line)
-        return max(missing, key=lambda digit: shown[digit])
+        shown = Counter(int(digits[cell]) for cell in found)
+        found = [cell for cell in found if digits[cell] == shown.most_common(1)[0][0]]
     if split == "adversarial":
-        beside = {digit for near in (row - 1, row + 1) if 0 <= near < CELLS for digit in example.digits[near]}
-        missing = [digit for digit in missing if digit in beside] or missing
-    return int(rng.choice(missing))
+        beside = [cell for cell in found if max(abs(cell[0] - even[0]), abs(cell[1] - even[1])) == 1]
+        found = beside or found
+    return found[rng.integers(len(found))]
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from mico.reference import grids
 from mico.tables import number
 
 PICTURES = 250  # with eight questions each
-FIND = "find"  # the kind that is answered yes or no, twice for one row
+CHECK = "check"  # the kind that is answered yes or no, twice for a picture
 
 
 def load(count: int = PICTURES, background: str = "plain", split: str = "test", seed: int = 0) -> list[Question]:
@@ -24,11 +24,11 @@ def load(count: int = PICTURES, background: str = "plain", split: str = "test", 
         raise UserError(f"grids: split {split!r}: choose from {', '.join(grids.SPLITS)}")
     questions = []
     for picture, example in enumerate(grids.examples(split, count, seed, background=background)):
-        finds = 0
+        checks = 0
         for place, question in enumerate(example.questions):
             name = f"{background}/{picture}"
-            finds += question.kind == FIND
-            pair = f"{name}/{(finds - 1) // 2}" if question.kind == FIND else None
+            checks += question.kind == CHECK
+            pair = f"{name}/{(checks - 1) // 2}" if question.kind == CHECK else None
             row, about = f"grids, {background}, picture {picture}, question {place}", dict(kind=question.kind)
             one = Question(f"{name}/{place}", question.text, question.answer, row, example.image, pair, about)
             questions.append(one)
@@ -45,8 +45,8 @@ def score(records: Sequence[Record]) -> dict[str, Any]:
     kinds = by(records, "kind")
     found: dict[str, Any] = dict(accuracy=share([right(record) for record in records]))
     found["kinds"] = {kind: share([right(record) for record in kinds[kind]]) for kind in sorted(kinds)}
-    if FIND in kinds:
-        found |= dict(mme=mme_figures(kinds[FIND]), pope=pope_figures(kinds[FIND]))
+    if CHECK in kinds:
+        found |= dict(mme=mme_figures(kinds[CHECK]), pope=pope_figures(kinds[CHECK]))
     return found
 
 
@@ -54,7 +54,7 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     """What a table shows of `score`: measure and value."""
     found = [("accuracy", percent(figures["accuracy"]))]
     found += [(kind, percent(value)) for kind, value in figures["kinds"].items()]
-    if FIND in figures["kinds"]:
-        found += [("find as MME, of 200", number(figures["mme"]["score"], 1))]
-        found += [("find as POPE, F1", percent(figures["pope"]["f1"]))]
+    if CHECK in figures["kinds"]:
+        found += [("check as MME, of 200", number(figures["mme"]["score"], 1))]
+        found += [("check as POPE, F1", percent(figures["pope"]["f1"]))]
     return found

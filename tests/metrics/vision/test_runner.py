@@ -227,7 +227,7 @@ def test_suites_alone_measure_no_text(folder, small, tmp_path):
     (record,) = report["suites"]
     assert report["texts"] == {} and report["tasks"] == {}
     assert record["questions"] == record["of"] == 24 and record["limit"] is None and record["tokens"] is None
-    assert set(record["figures"]["kinds"]) == {"read", "compare", "find"} and record["visual_tokens"] == 4
+    assert set(record["figures"]["kinds"]) == {"read", "compare", "check"} and record["visual_tokens"] == 4
     assert 0 < record["latency"] <= record["seconds"] and record["cut"] <= 24
     written = json.loads((tmp_path / "out" / "results.json").read_text())["mico"]["suites"]
     assert written == [json.loads(json.dumps(record))]
@@ -387,7 +387,7 @@ def test_a_limit_takes_questions_from_all_over_and_keeps_pairs():
 def test_a_limit_does_not_follow_the_period_of_a_suite():
     questions = grids.load(20)
     kinds = [one.about["kind"] for one in part_of(questions, 20)]
-    assert set(kinds) == {"read", "compare", "find"}
+    assert set(kinds) == {"read", "compare", "check"}
 
 
 def test_names_of_the_command_line_are_those_of_the_table():
