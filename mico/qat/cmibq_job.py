@@ -28,6 +28,7 @@ from mico.loading import (
     local_folder,
 )
 from mico.loading import fingerprint as fingerprint_of
+from mico.loading.names import model_in
 from mico.qat.answers import GRIDS, ImageText, read_answers
 from mico.qat.cmibq.recipe import STAGES, Aligning, Quantizing, Shaping
 from mico.qat.cmibq.save import read_state, save_quantized
@@ -74,6 +75,12 @@ class Shaped:
         return cls(folder, report, Settings(**report["quantization"]["settings"]))
 
 
+def _source(model: str) -> str:
+    """The model's name, or the folder of the model that a run of mico wrote."""
+    folder = model_in(model)
+    return str(folder) if folder.is_dir() else model
+
+
 class Bottleneck:
     """A Job (mico/qat/job.py)."""
 
@@ -87,7 +94,7 @@ class Bottleneck:
         self._check_batch()
         self.place = place_of(request, self.recipe)
         self.before = Shaped.of(request.model) if self.stage == 2 else None
-        self.base = request.model if self.before is None else self.before.report["quantization"]["base"]
+        self.base = _source(request.model) if self.before is None else self.before.report["quantization"]["base"]
         self.config = load_config(self.base, **request.hub)
         self._check_model()
         self.family = with_towers(family_of(self.config), self.config, vision=True, projector=True)
@@ -230,7 +237,7 @@ class Bottleneck:
     def _settle(self, student: Student) -> None:
         if not student.cmibq.fixed:
             with self.console.stage("choose widths"):
-                harden(student, self.data.train, self.recipe.per_device_train_batch_size)
+                harden(student, self.data.train)
 
     def _measured(self, model: Any, name: str) -> dict[str, float]:
         """Answers held out."""

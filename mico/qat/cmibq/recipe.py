@@ -33,21 +33,28 @@ class Quantizing(Training):
         super().__post_init__()
         self._must_be("scale_learning_rate", lambda value: 0 < value < math.inf, "above 0")
         self._must_be("ib_weight", lambda value: 0 <= value < math.inf, "0 or more")
-        if self.fsdp is not None or self.zero_stage == 3:
+        zero, half = self._deepspeed()
+        if self.fsdp is not None or zero == 3:
             raise UserError(
                 "--method cmibq needs whole weights in every process, to quantize them: leave --fsdp out, and choose "
                 "zero_optimization stage 1 or 2 for --deepspeed"
             )
+        if half:
+            raise UserError(
+                f"--deepspeed {self.deepspeed}: {half} would hold the steps of the quantizers in 16 bits, too few to "
+                "learn in: choose torch_autocast in its place, as pipelines/deepspeed/zero2.json does"
+            )
 
-    @property
-    def zero_stage(self) -> int:
-        """Stage of ZeRO that a DeepSpeed configuration asks for, 0 without one."""
+    def _deepspeed(self) -> tuple[int, str | None]:
+        """Stage of ZeRO that a DeepSpeed configuration asks for, and which 16-bit format it holds parameters in."""
         if self.deepspeed is None:
-            return 0
-        asked: Any = read_json(Path(self.deepspeed), "give a DeepSpeed configuration as JSON").get(
-            "zero_optimization", {}
-        )
-        return asked.get("stage", 0) if isinstance(asked, dict) else 0
+            return 0, None
+        asked: dict[str, Any] = read_json(Path(self.deepspeed), "give a DeepSpeed configuration as JSON")
+        parts = {name: asked.get(name) for name in ("zero_optimization", "bf16", "fp16")}
+        known = {name: part if isinstance(part, dict) else {} for name, part in parts.items()}
+        on = {True, "auto"} if self.bf16 else {True}
+        half = next((name for name in ("bf16", "fp16") if known[name].get("enabled", False) in on), None)
+        return known["zero_optimization"].get("stage", 0), half
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,23 +16,24 @@ from mico.qat.cmibq.recipe import Aligning, Shaping
 from mico.qat.cmibq.settings import Settings
 from mico.qat.cmibq.sites import TOWER, VISION, find_sites, read_tower_blocks
 from mico.qat.cmibq.start import observe
-from mico.qat.cmibq.student import NLL, TOKENS, Student
+from mico.qat.cmibq.student import NLL, Student
 from mico.qat.cmibq.wrap import CMIBQ, wrap
 
 CALIBRATION = 128  # answers that steps start from
-MEASURED = 32  # batches of a process by which widths are chosen for good
+MEASURED = 512  # answers by which widths are chosen for good
+TOGETHER = 4  # of them in a batch, whatever the batch of the training is: its size shall not decide
 SURE = 100.0  # a logit that leaves the other widths no share
 
 Batch = dict[str, torch.Tensor]
 
 
-def spaced_batches(answers: Answers, size: int, count: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-    """At most `count` rows, evenly spaced over the data, in batches of `size`; those of one of several processes."""
+def spaced_batches(answers: Answers, count: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+    """At most `count` rows, evenly spaced over the data, in batches of TOGETHER; those of one of several processes."""
     count = min(count, len(answers))
     places = [index * len(answers) // count for index in range(count)]
     mine = places[rank::world] or places[:1]  # who has none measures the first again: all must come to the same end
-    for start in range(0, len(mine), size):
-        yield answers.batch([answers[place] for place in mine[start : start + size]])
+    for start in range(0, len(mine), TOGETHER):
+        yield answers.batch([answers[place] for place in mine[start : start + TOGETHER]])
 
 
 def _placed(batch: Batch, device: Any) -> Batch:
@@ -44,8 +45,7 @@ def _placed(batch: Batch, device: Any) -> Batch:
 
 def shaped(model: Any, recipe: Shaping, answers: Answers) -> Student:
     """The student of stage 1 around a dense float32 LLaVA; widths that are not learned are chosen."""
-    size = recipe.per_device_train_batch_size
-    batches = [_placed(batch, model.device) for batch in spaced_batches(answers, size, CALIBRATION)]
+    batches = [_placed(batch, model.device) for batch in spaced_batches(answers, CALIBRATION)]
     model.requires_grad_(True)
     try:
         cmibq = wrap(model, recipe.settings(), observe(model, find_sites(model), batches))
@@ -71,24 +71,26 @@ def freeze_unread(model: Any) -> None:
             parameter.requires_grad_(False)
 
 
-def measure(student: Student, batches: list[Batch]) -> None:
-    """What every width loses by these batches, forward and backward without a step; of all processes together."""
+def measure(student: Student, batches: Iterable[Batch]) -> None:
+    """What every width loses by these batches, forward and backward without a step.
+
+    Losses are summed, so that an answer counts alike in whatever batch it comes.
+    """
     cmibq = student.cmibq
     cmibq.forget_measurements()
     student.train()
     with torch.enable_grad():
         for batch in batches:
-            terms = student(**_placed(batch, student.llava.device))
-            (terms[NLL] / terms[TOKENS].clamp_min(1)).backward()
+            student(**_placed(batch, student.llava.device))[NLL].backward()
             student.zero_grad(set_to_none=True)
 
 
-def harden(student: Student, answers: Answers, size: int) -> None:
+def harden(student: Student, answers: Answers) -> None:
     """Choose the widths of a training in which they were learned. Raises UserError where a target cannot be met."""
     rank, world = 0, 1
     if distributed.is_available() and distributed.is_initialized():
         rank, world = distributed.get_rank(), distributed.get_world_size()
-    measure(student, list(spaced_batches(answers, size, MEASURED * size * world, rank, world)))
+    measure(student, spaced_batches(answers, MEASURED, rank, world))
     student.cmibq.harden()
 
 

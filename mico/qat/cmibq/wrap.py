@@ -126,7 +126,7 @@ class CMIBQ(nn.Module):
                 kind.price.rise(kind.average())
                 kind.refresh(self.settings.use_importance)
         self.progress, self.turn = progress, self.turn + 1
-        self.state.copy_(torch.tensor([self.progress, self.turn]))
+        self.state.copy_(torch.tensor([self.progress, self.turn], dtype=torch.float64))
 
     def forget_measurements(self) -> None:
         """Measure afresh: before some more forward and backward passes (no steps) that `harden` is to go by."""
