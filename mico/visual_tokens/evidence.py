@@ -41,7 +41,7 @@ class Evidence:
     inverse_frequency: of RoPE, (d / 2,).
     cls_BV: attention from CLS in the vision tower, for methods that need it (0 at merged tokens).
     seeds: one a sample, from the settings' seed and the ids of its prompt.
-    language: the language model, for scorers that look ahead in it (lookahead.py).
+    language, ahead: the language model, and how many of its layers a method looks ahead (lookahead.py).
     positions_of: what the caller gave as `positions`, the answer of an oracle.
     """
 
@@ -61,6 +61,7 @@ class Evidence:
     inverse_frequency: torch.Tensor
     seeds: tuple[int, ...]
     language: Any = None
+    ahead: int = 0
     heads: Heads | None = None
     cls_BV: torch.Tensor | None = None
     positions_of: Callable[[int], Iterable[int]] | None = None

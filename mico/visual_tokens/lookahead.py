@@ -16,6 +16,7 @@ import torch
 
 from mico.errors import UserError
 from mico.visual_tokens.capture import Watch, query_names, turned
+from mico.visual_tokens.flops import Shape
 from mico.visual_tokens.scoring import gather_rows, packed
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _attention(
     return logits.masked_fill(~allowed_BQS[:, None], -torch.inf).softmax(-1).nan_to_num()
 
 
-def lookahead_flops(shape: Any, layers: int, text: int, visual: int) -> int:
+def lookahead_flops(shape: Shape, layers: int, text: int, visual: int) -> int:
     """Of `looked_at`: keys and values of the visual tokens, the text tokens' layers, the question's scores again."""
     projected = 4 * visual * shape.hidden * shape.head_dim * shape.key_heads
     ahead = shape.projections(text) + shape.mlp(text) + shape.attention(text, text + visual)

@@ -14,7 +14,10 @@ import torch
 from mico.errors import UserError
 from mico.visual_tokens.budgets import Schedule, before, progressive, single
 from mico.visual_tokens.evidence import Evidence
-from mico.visual_tokens.scoring import best_half_of_heads, gravity, mean_over_raters, random_scores
+from mico.visual_tokens.lookahead import looked_at
+from mico.visual_tokens.scoring import best_half_of_heads, gravity, information, mean_over_raters, random_scores
+
+AHEAD = 0.5
 
 Scorer = Callable[[Evidence], torch.Tensor]
 
@@ -23,6 +26,7 @@ Scorer = Callable[[Evidence], torch.Tensor]
 class Method:
     """scorer: Evidence -> scores_BV. schedule: (mean tokens, visual tokens, layers) -> Schedule, see budgets.py.
 
+    ahead: share of the layers that the question runs ahead before it judges (lookahead.py); 0: it does not.
     needs: 'question' (there must be text behind the image), 'raters' (its tokens judge: their
     attention is what --adaptive takes the rank of), 'attention' (queries and keys of the pruning layer), 'cls'
     (attention of the vision tower). recycle: pruned tokens live on in clusters, as the schedule's `merged` says.
@@ -34,6 +38,7 @@ class Method:
     scorer: Scorer
     schedule: Callable[[float, int, int], Schedule]
     needs: frozenset[str] = frozenset()
+    ahead: float = 0.0
     recycle: bool = False
     compact: bool = False
     source: str = ""
@@ -57,6 +62,19 @@ def sparsevlm_2(evidence: Evidence) -> torch.Tensor:
 def fastv(evidence: Evidence) -> torch.Tensor:
     """Attention from the last token of the question, mean over all heads."""
     return evidence.attention_to_visual(evidence.last_of_question()).mean((1, 2))
+
+
+def informed(evidence: Evidence) -> torch.Tensor:
+    """Where the question will look, each look weighed by what it tells: mico's own.
+
+    A token of the question that looks at n visual tokens with probabilities p (of its attention to the image alone)
+    tells sum p log(n p) nats about which of them matter: their divergence from looking everywhere alike. Attention in
+    the layers ahead, times these nats, summed over layers, heads and the question's tokens.
+    """
+    total_BV = torch.zeros_like(evidence.real_BV, dtype=torch.float32)
+    for attention_BHQV in looked_at(evidence, evidence.ahead):
+        total_BV += (attention_BHQV * information(attention_BHQV, evidence.real_BV)[..., None]).sum((1, 2))
+    return total_BV
 
 
 def cls(evidence: Evidence) -> torch.Tensor:
@@ -92,6 +110,7 @@ _V2 = Method("sparsevlm-2.0", sparsevlm_2, progressive("2.0"), _RATED, source="S
 VERSIONS = {"1.0": _V1, "2.0": _V2}  # of the method 'sparsevlm'
 METHODS: dict[str, Method] = {
     "sparsevlm": _V2,
+    "mico": Method("mico", informed, progressive("2.0"), frozenset({"question"}), ahead=AHEAD, source="mico"),
     "fastv": Method("fastv", fastv, single, _ASKED, source="FastV, ECCV 2024"),
     "cls": Method("cls", cls, before, frozenset({"cls"}), source="dominant tokens of VisionZip, CVPR 2025"),
     "random": Method("random", chance, progressive("2.0")),

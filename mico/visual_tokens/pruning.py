@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from mico.errors import UserError
 from mico.visual_tokens.budgets import Schedule, recycled, target
 from mico.visual_tokens.evidence import Evidence, Heads
 from mico.visual_tokens.flops import Shape
+from mico.visual_tokens.lookahead import lookahead_flops
 from mico.visual_tokens.methods import Method
 from mico.visual_tokens.recycle import cluster_means, clusters
 from mico.visual_tokens.scoring import adaptive_count, gather_rows, packed, ranks, select_raters
@@ -81,10 +83,15 @@ class Prefill:
             original_BV=torch.where(real_BV, tokens.original_BN.gather(1, visual_BV), -1), at_start=self.at_start,
             question_BQ=question_BQ, asked_BQ=asked_BQ, rater_BQ=self.rater_BQ.to(device),
             inverse_frequency=self.language.rotary_emb.inv_freq.to(device), seeds=self.seeds,
-            language=self.language, heads=heads,
+            language=self.language, ahead=self.ahead(layer), heads=heads,
             cls_BV=tokens.cls_BN.gather(1, visual_BV) if "cls" in self.rules.method.needs else None,
             positions_of=self.rules.positions_of,
         )  # fmt: skip
+
+    def ahead(self, layer: int) -> int:
+        """Layers behind `layer` that the method looks ahead."""
+        depth = len(self.language.layers)
+        return min(math.ceil(self.rules.method.ahead * depth), depth - 1 - layer)
 
     def counts(self, stage: int, evidence: Evidence) -> list[int]:
         """How many tokens each sample keeps."""
@@ -126,6 +133,11 @@ class Prefill:
         kept = [([x for x in original if x >= 0], count) for original, count in rows]
         trace.kept.append([indices for indices, _ in kept])
         trace.merged.append([count - len(indices) for indices, count in kept])
+        if ahead := self.ahead(evidence.layer):
+            rows = zip(trace.text, evidence.real_BV.sum(1).tolist(), strict=True)
+            for sample, (text, visual) in enumerate(rows):
+                looked = lookahead_flops(trace.shape, ahead, text, visual) if self.schedules[sample] else 0
+                trace.scoring_flops[sample] += looked
         if "attention" in self.rules.method.needs:
             keys = evidence.seen_BN.sum(1).tolist()
             for sample, (raters, count) in enumerate(zip(trace.raters, keys, strict=True)):

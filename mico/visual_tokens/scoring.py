@@ -79,6 +79,17 @@ def best_half_of_heads(attention_BHRV: torch.Tensor, real_BR: torch.Tensor) -> t
     return attention_BHRV.gather(1, chosen_Bh[..., None, None].expand(-1, -1, *attention_BHRV.shape[2:]))
 
 
+def information(attention_BHQV: torch.Tensor, real_BV: torch.Tensor) -> torch.Tensor:
+    """Nats that each head's look at the image tells: sum_v p log(n p) over its n real tokens, (B, H, Q), at least 0.
+
+    p is the attention over its sum at visual tokens: 0 for one that looks everywhere alike, log n for one at a single
+    token; the Kullback-Leibler divergence from the uniform distribution.
+    """
+    share_BHQV = attention_BHQV / attention_BHQV.sum(-1, keepdim=True).clamp_min(1e-12)
+    count_B = real_BV.sum(1).clamp_min(1)
+    return torch.special.xlogy(share_BHQV, share_BHQV * count_B[:, None, None, None]).sum(-1).clamp_min(0)
+
+
 def mean_over_raters(attention_BHRV: torch.Tensor, real_BR: torch.Tensor) -> torch.Tensor:
     """Mean over heads and real raters, (B, V)."""
     total_BV = (attention_BHRV.mean(1) * real_BR[..., None]).sum(1)

@@ -103,7 +103,7 @@ def test_nothing_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
     [
         (dict(retain=0), "retain=0: give a number"),
         (dict(retain=1.5), "retain=1.5: .* a share above 0.0 and up to 1.0"),
-        (dict(retain=9, method="best"), "token method 'best': choose from sparsevlm, fastv, cls, random, oracle"),
+        (dict(retain=9, method="best"), "token method 'best': choose from sparsevlm, mico, fastv, cls, random, oracle"),
         (dict(retain=9, version="3.0"), "SparseVLM version '3.0': choose from 1.0, 2.0"),
         (dict(retain=9, method="cls", adaptive=True), "method 'cls' has no raters"),
     ],

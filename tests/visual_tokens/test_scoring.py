@@ -13,6 +13,7 @@ from mico.visual_tokens.scoring import (
     best_half_of_heads,
     gather_rows,
     gravity,
+    information,
     mean_over_raters,
     packed,
     random_scores,
@@ -149,3 +150,21 @@ def test_chance_gives_a_token_one_score_at_all_stages() -> None:
         random_scores(torch.tensor([3, 17, -1]), 20, seed=5), torch.stack((first[3], first[17], first[0] * 0))
     )
     assert not torch.equal(first, random_scores(torch.arange(20), 20, seed=6))
+
+
+def test_information_is_the_divergence_from_looking_everywhere_alike() -> None:
+    real_BV = torch.ones(2, 6, dtype=torch.bool)
+    real_BV[1, 4:] = False
+    attention_BHQV = (
+        torch.rand(2, 3, 5, 6, generator=torch.Generator().manual_seed(0)).square() * real_BV[:, None, None]
+    )
+    attention_BHQV[0, 0, 0] = 0.0  # looks at text alone
+    attention_BHQV[0, 0, 1] = torch.tensor([0.0, 0.3, 0.0, 0.0, 0.0, 0.0])
+    attention_BHQV[0, 0, 2] = 0.1
+    nats_BHQ = information(attention_BHQV, real_BV)
+    assert nats_BHQ[0, 0, :3].tolist() == pytest.approx([0, math.log(6), 0], abs=1e-6)
+    for sample, head, row in ((0, 1, 3), (1, 2, 4), (1, 0, 0)):
+        weights = attention_BHQV[sample, head, row, real_BV[sample]].double()
+        share = (weights / weights.sum()).tolist()
+        told = sum(p * math.log(len(share) * p) for p in share if p > 0)
+        assert nats_BHQ[sample, head, row].item() == pytest.approx(told, abs=1e-6)
