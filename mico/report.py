@@ -82,9 +82,22 @@ def report(
 
 def _one(run: Run) -> list[Section]:
     """The report of one run, with what `mico eval` of it found."""
-    found = sections(run.report)
-    place = next(index for index, section in enumerate(found) if section.title == "Perplexity") + 1
+    found = _sections(run.report)
+    place = next(index for index, section in enumerate(found) if section.title == "Size")  # behind perplexity
     return [*found[:place], *_evaluated(run), *found[place:]]
+
+
+def _sections(report: dict[str, Any]) -> list[Section]:
+    if not _of_widths(report):
+        return sections(report)
+    from mico.qat.cmibq.told import cmibq_sections
+
+    return cmibq_sections(report)
+
+
+def _of_widths(report: dict[str, Any]) -> bool:
+    """Whether a run tells of answers and learned widths, in place of perplexity."""
+    return report["settings"].get("method") == "cmibq"
 
 
 def _evaluations(read: Sequence[Run | Evaluated], values: dict[str, Any]) -> list[Evaluated]:
@@ -136,6 +149,9 @@ def _draw(
     )
 
     alone = runs[0].report if len(runs) == 1 else None
+    if alone is not None and _of_widths(alone):
+        from mico.qat.cmibq.told import cmibq_figures as report_figures
+        from mico.qat.cmibq.told import cmibq_headline as headline
     drawn = comparison_figures(values) if alone is None else report_figures(alone)
     drawn = [*drawn, *visual_figures(values["visual"])]
     if figures is not None:

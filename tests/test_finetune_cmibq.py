@@ -182,15 +182,19 @@ def test_what_is_written_really_quantizes_activations(first: Path, monkeypatch: 
         mico.export(str(first), to="dense")
 
 
-def test_the_report_tells_answers_and_widths(first: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_tells_answers_and_widths(
+    first: Path, second: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = json.loads((first / "report.json").read_text())
     text = markdown(sections(report))
     assert (first / "report.md").read_text() == text
     assert "| activations | 4.500 | " in text and "answers of the data are about no picture" in text
     assert 'id="widths-title"' in (first / "report.html").read_text()
     assert "## Answers" in (first / "model" / "README.md").read_text()
-    mico.report(str(first))
-    assert "cmibq" in capsys.readouterr().out
+    mico.report(str(first), figures=str(tmp_path))
+    assert "Widths by site" in capsys.readouterr().out and (tmp_path / "widths.png").is_file()
+    mico.report([str(first), str(second)])
+    assert "stage 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("tokens", [None, 3])

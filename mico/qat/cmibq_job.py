@@ -104,8 +104,8 @@ class Bottleneck:
         self.limit = context_length(self.config, request.seqlen)
         self.data, self.blind = self._data()
         self.settings = self.recipe.settings() if isinstance(self.recipe, Shaping) else self._before().settings
-        widths = f"w{self.settings.target_bits_weight:g}a{self.settings.target_bits_act:g}"
-        self.label = f"{Path(self.base).name.lower()}-{request.method}-stage{self.stage}-{widths}"
+        self.widths = f"w{self.settings.target_bits_weight:g}a{self.settings.target_bits_act:g}"
+        self.label = f"{Path(self.base).name.lower()}-{request.method}-stage{self.stage}-{self.widths}"
         self.identity = self._identity()
 
     # --- before weights are read ---
@@ -262,7 +262,7 @@ class Bottleneck:
             stage_1=None if self.before is None else str(self.before.folder),
         )  # fmt: skip
         return dict(
-            model=base, arm=None, architecture=architecture,
+            model=base, arm=self._arm(), architecture=architecture,
             settings=settings | dict(sparsity=0.0, pattern=None, grouping=None), calibration=self.data.describe(),
             identity=dict(seed=self.recipe.seed), protocol=PROTOCOLS[0], dense={}, compressed={}, training=results,
             answers=answers, quantization=quantization, bit_map=bits, left_out=self.blind,
@@ -273,6 +273,18 @@ class Bottleneck:
             peak_device_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
             environment=run.environment, command=sys.argv, folder=str(run.path),
         )  # fmt: skip
+
+    def _arm(self) -> str:
+        """What comparisons call a run like this one: who chose the widths, targets, the parts left out, the stage."""
+        recipe = self.recipe
+        if isinstance(recipe, Shaping):
+            settings, learned = self.settings, recipe.bits_allocation == "learned"
+            parts = dict(ib=settings.use_ib, importance=settings.use_importance) if learned else {}
+            name = f"{'cm-ibq' if learned else recipe.bits_allocation} {self.widths}"
+        else:
+            assert isinstance(recipe, Aligning)
+            parts, name = dict(align=recipe.use_align, lora=recipe.use_lora), f"{self._before().report['arm']}, stage 2"
+        return name + "".join(f" -{part}" for part, there in parts.items() if not there)
 
     @staticmethod
     def told(report: dict[str, Any]) -> list[Section]:

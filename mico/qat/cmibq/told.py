@@ -71,15 +71,25 @@ def widths(report: dict[str, Any]) -> Section:
 
 def write_page(path: Path, report: dict[str, Any]) -> None:
     """The report as one HTML file. Raises UserError when it cannot be written."""
-    found, averages = cmibq_sections(report), report["quantization"]["averages"]
+    found = cmibq_sections(report)
+    write_html(path, found[0].title, found, cmibq_figures(report), report, cmibq_headline(report))
+
+
+def cmibq_figures(report: dict[str, Any]) -> list[Figure]:
+    """The map of widths before the figures of any compression."""
+    return [bit_figure(report["bit_map"]), *report_figures(report)]
+
+
+def cmibq_headline(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What a reader asks first."""
+    averages = report["quantization"]["averages"]
     dense, quantized = report["answers"]["dense"], report["answers"]["quantized"]
-    first = [
+    return [
         ("right answers", f"{quantized['right']:.1%}", f"dense {dense['right']:.1%}"),
         ("loss of an answer's token", number(quantized["loss"]), f"dense {number(dense['loss'])}"),
         ("bits an activation", number(averages["activations"]), f"weights {number(averages['weights'])}"),
+        *headline(report),
     ]
-    figures = [bit_figure(report["bit_map"]), *report_figures(report)]
-    write_html(path, found[0].title, found, figures, report, [*first, *headline(report)])
 
 
 def bit_figure(bits: dict[str, Any]) -> Figure:
