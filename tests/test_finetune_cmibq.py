@@ -324,9 +324,10 @@ def test_stage_2_cut_off_ends_as_if_it_had_not_been(
 
 @pytest.mark.parametrize("stage", [FIRST, SECOND], ids=["stage 1", "stage 2"])
 def test_two_processes_train_as_one_with_a_doubled_batch(
-    model: Path, first: Path, pairs: dict[str, str], tmp_path: Path, stage: dict[str, Any]
+    model: Path, first: Path, tmp_path: Path, stage: dict[str, Any]
 ) -> None:
-    source = model if stage is FIRST else first
+    source, file = model if stage is FIRST else first, str(instruct(tmp_path / "eight", 9))
+    pairs = dict(train_file=file, eval_file=file, image_folder=str(tmp_path / "eight" / "images"))  # 8 answers
     # noise of the rate differs by process, and Adam makes steps of any size of it: little of either
     options = STEPS | pairs | stage | dict(max_steps=2, save_steps=2, learning_rate=1e-4, ib_weight=1e-4)
     train(source, pairs, tmp_path / "one", options)

@@ -78,7 +78,7 @@ class Shaped:
 def _source(model: str) -> str:
     """The model's name, or the folder of the model that a run of mico wrote."""
     folder = model_in(model)
-    return str(folder) if folder.is_dir() else model
+    return str(folder) if Path(model).is_dir() else model
 
 
 class Bottleneck:
@@ -126,6 +126,8 @@ class Bottleneck:
         name, method = self.base, self.request.method
         if not family_of(self.config).vision:
             raise UserError(f"--method {method}: {name} ({self.config.model_type}) sees no images: give a LLaVA model")
+        if (kind := self.config.vision_config.model_type) != "clip_vision_model":
+            raise UserError(f"--method {method}: {name} sees with {kind!r}; a CLIP vision tower is needed")
         if getattr(self.config, "quantization_config", None):
             raise UserError(f"--method {method}: {name} is packed already: give the dense model")
         if self.before is not None and self._fingerprint() != self.before.report["quantization"]["fingerprint"]:
