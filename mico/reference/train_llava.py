@@ -1,10 +1,9 @@
 """Train tiny-llava, the shipped vision-language model, on grids of digits (`pipelines/train_llava.sh` calls this).
 
-The questions of a picture are trained in one sequence, each of which sees the picture and itself only (a block mask,
-with positions that start again), so that 8 questions cost one picture. Vision tower and projector first learn to give
-digits and cells the embeddings of their names. Then the whole model answers, first about a single digit, and about
-more whenever it is right often enough: with 36 digits from the start it does not find out where to look. Killed, it
-goes on from its last checkpoint. `python -m mico.reference.train_llava --help`.
+Vision tower and projector first learn to give digits and cells the embeddings of their names. Then the whole model
+answers, first about a single digit, and about more whenever it is right often enough; until all 36 are shown it is told
+where to look, which it finds out too slowly by itself. Killed, it goes on from its last checkpoint.
+`python -m mico.reference.train_llava --help`.
 """
 
 from __future__ import annotations
@@ -23,31 +22,20 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from mico.reference.grids import (
-    BACKGROUNDS,
-    CELLS,
-    KINDS,
-    PATCH,
-    SHORT,
-    SIDE,
-    GridQuestion,
-    ask,
-    draw,
-    examples,
-    name,
+from mico.reference.grids import BACKGROUNDS, CELLS, KINDS, PATCH, SIDE, ask, draw, examples, name
+from mico.reference.tiny_llava import (
+    IMAGE,
+    Batch,
+    answer_logits,
+    build_model,
+    build_processor,
+    image_features,
+    make_batch,
+    to_pixels,
 )
+from mico.visual_tokens.capture import turned
 
-VOCABULARY, TOKENS = 512, (SIDE // PATCH) ** 2
-UNKNOWN, END, IMAGE, PADDING = "<unk>", "</s>", "<image>", "<pad>"
-BEFORE, AFTER = "USER: ", " ASSISTANT:"
-TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
-    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %} ASSISTANT:"
-    "{% else %}{% for part in message['content'] %} {{ part['text'] }}{% endfor %}</s>{% endif %}{% endfor %}"
-)
 DIGITS = "0123456789"
-MEAN = DEVIATION = 0.5  # of a pixel, in 0..1
 WARMUP_STEPS, WEIGHT_DECAY, CLIP = 100, 0.05, 1.0
 PHOTOS = 0.3  # share of the training pictures with a photograph behind the digits
 SHORTS = 0.25  # share of the questions that ask for a word or a phrase as the suites do
@@ -56,13 +44,14 @@ BATCH = (16, 8)  # for more cells
 # Right digits, of the answers of the last steps, after which a row and a column of cells are added.
 ENOUGH, WINDOW = 0.8, 25
 VISION_STEPS, VISION_BATCH, VISION_PEAK = 600, 32, 2e-3
+HINT, HINT_LAYER = 0.3, 2  # weight of being told where to look until all cells are shown, and in which layer
 KEPT = 250  # steps between two checkpoints
 CHECK = 400  # test pictures
 
 
 @dataclass(frozen=True)
 class Recipe:
-    steps: int = 3_000
+    steps: int = 2_000
     peak: float = 1e-3  # learning rate of AdamW: embeddings, vision tower, projector
     muon: float = 3e-3  # of Muon: matrices of the language model
     seed: int = 0
@@ -73,110 +62,7 @@ class Recipe:
         return min(1.0, (step + 1) / WARMUP_STEPS, 0.01 + 0.99 * down)
 
 
-# --- model ----------------------------------------------------------------------------------------------------------
-
-
-def build_processor() -> Any:
-    """The LlavaProcessor: a byte-level BPE of 512 entries made of the questions, pictures of 48 x 48 pixels."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
-
-    rng = np.random.default_rng(0)
-    texts = [
-        BEFORE + question.text + SHORT + AFTER + f" {question.answer}"
-        for _ in range(300)
-        for question in ask(rng, draw(rng, "train", ["plain"])[0][0], 8)
-    ]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [UNKNOWN, END, IMAGE, PADDING]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet)
-    )
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token=UNKNOWN, eos_token=END, pad_token=PADDING, padding_side="left",
-        extra_special_tokens={"image_token": IMAGE}, model_max_length=512,
-    )  # fmt: skip
-    side = {"shortest_edge": SIDE}
-    crop = {"height": SIDE, "width": SIDE}
-    images = CLIPImageProcessor(size=side, crop_size=crop, image_mean=[MEAN] * 3, image_std=[DEVIATION] * 3)
-    return LlavaProcessor(
-        image_processor=images, tokenizer=wrapped, patch_size=PATCH, vision_feature_select_strategy="default",
-        chat_template=TEMPLATE, image_token=IMAGE, num_additional_image_tokens=1,
-    )  # fmt: skip
-
-
-def build_model(tokenizer: Any) -> Any:
-    """An untrained LlavaForConditionalGeneration: CLIP-ViT d 64 of 2 layers, projector, Llama d 96 of 6 layers."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    vision = CLIPVisionConfig(
-        hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, projection_dim=64,
-        image_size=SIDE, patch_size=PATCH,
-    )  # fmt: skip
-    text = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=96, intermediate_size=256, num_hidden_layers=6, num_attention_heads=6,
-        num_key_value_heads=6, max_position_embeddings=512, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, initializer_range=0.1, tie_word_embeddings=True,
-    )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-        vision_feature_layer=-1, vision_feature_select_strategy="default", image_seq_length=TOKENS,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    return LlavaForConditionalGeneration(config)
-
-
-# --- batches --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Batch:
-    """B pictures and L tokens: the picture's prefix of P, then its questions, padded on the right.
-
-    mask_BLL is added to the attention scores; labels_BL is the token to be predicted at each place, or -100.
-    """
-
-    pixels: torch.Tensor
-    ids_BL: torch.Tensor
-    positions_BL: torch.Tensor
-    mask_BLL: torch.Tensor
-    labels_BL: torch.Tensor
-
-
-def make_batch(pictures: Any, asked: list[list[GridQuestion]], shorts: Any, tokenizer: Any) -> Batch:
-    """pictures: (B, 48, 48, 3) uint8; asked: the questions of each; shorts: which of them (B, Q) ask for a phrase."""
-    image = tokenizer.convert_tokens_to_ids(IMAGE)
-    prefix = [*tokenizer(BEFORE, add_special_tokens=False).input_ids, *[image] * TOKENS]
-    prompts = [
-        "\n" + q.text + SHORT * bool(s) + AFTER
-        for qs, ss in zip(asked, shorts, strict=True)
-        for q, s in zip(qs, ss, strict=True)
-    ]
-    answers = [f" {q.answer}{END}" for questions in asked for q in questions]
-    prompt_ids = iter(tokenizer(prompts, add_special_tokens=False).input_ids)
-    answer_ids = iter(tokenizer(answers, add_special_tokens=False).input_ids)
-    rows = []
-    for questions in asked:
-        ids, positions, segments, labels = list(prefix), [*range(len(prefix))], [0] * len(prefix), [-100] * len(prefix)
-        for segment in range(1, len(questions) + 1):
-            prompt, answer = next(prompt_ids), next(answer_ids)
-            length = len(prompt) + len(answer)
-            ids += prompt + answer
-            positions += range(len(prefix), len(prefix) + length)
-            segments += [segment] * length
-            labels += [-100] * (len(prompt) - 1) + answer + [-100]
-        rows.append((ids, positions, segments, labels))
-    longest = max(len(row[0]) for row in rows)
-    fill = (tokenizer.pad_token_id, 0, -1, -100)
-    padded = (torch.tensor([row[i] + [fill[i]] * (longest - len(row[i])) for row in rows]) for i in range(4))
-    ids_BL, positions_BL, segments_BL, labels_BL = padded
-    same = segments_BL[:, :, None] == segments_BL[:, None, :]
-    seen = (same | (segments_BL[:, None, :] == 0)) & torch.ones(longest, longest, dtype=torch.bool).tril()
-    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-    return Batch(to_pixels(pictures), ids_BL, positions_BL, mask, labels_BL)
+# --- what is learned -----------------------------------------------------------------------------------------------
 
 
 def training_batch(recipe: Recipe, step: int, cells: int, tokenizer: Any) -> Batch:
@@ -195,32 +81,45 @@ def _backgrounds(rng: np.random.Generator, count: int, share: float) -> list[str
     return ["photo" if chance < share else "plain" for chance in rng.random(count)]
 
 
-def to_pixels(pictures: Any) -> torch.Tensor:
-    """(B, 48, 48, 3) in 0..255 -> (B, 3, 48, 48) as the processor normalises it."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(255).sub(MEAN).div(DEVIATION)
+class Looks:
+    """While entered: where the answers' tokens look in one layer, for a loss that tells them where."""
 
+    def __init__(self, model: Any) -> None:
+        self.language = model.model.language_model
+        self.attention = self.language.layers[HINT_LAYER].self_attn
+        self.made: dict[str, torch.Tensor] = {}
 
-def image_features(model: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """What the projector makes of pictures: (B * 144, D)."""
-    features = model.model.get_image_features(pixel_values=pixels.to(model.device))
-    return torch.cat(tuple(getattr(features, "pooler_output", features)))  # a plain list before transformers 5.18
+    def __enter__(self) -> Looks:
+        self._handles = [
+            getattr(self.attention, name).register_forward_hook(
+                lambda m, a, out, name=name: self.made.update({name: out})
+            )
+            for name in ("q_proj", "k_proj")
+        ]
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
 
-def answer_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (A, V) at the A places that have a label, and those labels."""
-    device = model.device
-    inner = model.model
-    ids = batch.ids_BL.to(device)
-    features = image_features(model, batch.pixels)
-    embeds = inner.get_input_embeddings()(ids)
-    embeds = embeds.masked_scatter((ids == model.config.image_token_id)[..., None], features.to(embeds.dtype))
-    hidden = inner.language_model(
-        inputs_embeds=embeds, attention_mask=batch.mask_BLL[:, None].to(device, embeds.dtype),
-        position_ids=batch.positions_BL.to(device), use_cache=False,
-    ).last_hidden_state  # fmt: skip
-    labels = batch.labels_BL.to(device)
-    there = labels != -100
-    return model.lm_head(hidden[there]).float(), labels[there]
+    def loss(self, batch: Batch, tokenizer: Any) -> torch.Tensor:
+        """-log of the share of the attention to the picture that the cells asked about get, in the best two heads."""
+        ids, labels = batch.ids_BL, batch.labels_BL
+        image, end = tokenizer.convert_tokens_to_ids(IMAGE), tokenizer.eos_token_id
+        sample_Q, place_Q = torch.nonzero((labels != -100) & (labels != end), as_tuple=True)
+        visual_V = torch.nonzero(ids[0] == image)[:, 0]
+        rope = self.language.rotary_emb(
+            self.made["q_proj"], position_ids=batch.positions_BL.to(self.made["q_proj"].device)
+        )
+        queries, keys = (
+            turned(self.made[name].unflatten(2, (-1, self.attention.head_dim)).transpose(1, 2), rope)
+            for name in ("q_proj", "k_proj")
+        )
+        logits_QHV = (keys[sample_Q][:, :, visual_V] @ queries[sample_Q, :, place_Q][..., None])[..., 0]
+        share_QH = (
+            (logits_QHV * self.attention.scaling).softmax(-1).mul(batch.shown_QV.to(keys.device)[:, None]).sum(-1)
+        )
+        return -share_QH.topk(2, dim=1).values.mean(1).clamp_min(1e-6).log().mean()
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -327,9 +226,12 @@ def train(recipe: Recipe, tokenizer: Any, work: Path, device: torch.device, visi
 
 
 def _step(model: Any, recipe: Recipe, steppers: Any, progress: Progress, tokenizer: Any) -> None:
-    logits, labels = answer_logits(model, training_batch(recipe, progress.step, progress.cells, tokenizer))
-    loss = functional.cross_entropy(logits, labels)
-    loss.backward()
+    batch = training_batch(recipe, progress.step, progress.cells, tokenizer)
+    with Looks(model) as looks:
+        logits, labels = answer_logits(model, batch)
+        loss = functional.cross_entropy(logits, labels)
+        hinted = progress.cells < CELLS
+        (loss + HINT * looks.loss(batch, tokenizer) if hinted else loss).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     for optimizer, highest in steppers:
         for group in optimizer.param_groups:
@@ -378,10 +280,11 @@ Questions: `What is the digit in cell BY?` (read), `What is the larger digit of 
 
 Trained for {recipe.steps:,} steps, most of them of {BATCH[0]} pictures with {BATCH[1]} questions each (Muon for the
 matrices of the language model, learning rate {recipe.muon}, AdamW for the rest, {recipe.peak}; seed {recipe.seed}),
-from one digit in a picture to 36, after {VISION_STEPS} steps of the vision tower alone; three in ten pictures have a
-photograph behind the digits. Digits and photographs come with scikit-learn (`load_digits`: Alpaydin and Kaynak, Optical
-Recognition of Handwritten Digits, UCI, CC BY 4.0; the photographs `china.jpg` and `flower.jpg`: CC BY). Test pictures
-show other digits and other parts of the photographs. Reproduce: `bash pipelines/train_llava.sh`.
+after {VISION_STEPS} steps of the vision tower alone; from one digit in a picture to 36, and told where to look until
+then. Three in ten pictures have a photograph behind the digits. Digits and photographs come with scikit-learn
+(`load_digits`: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI, CC BY 4.0; the photographs
+`china.jpg` and `flower.jpg`: CC BY). Test pictures show other digits and other parts of the photographs.
+Reproduce: `bash pipelines/train_llava.sh`.
 
 Right answers on {CHECK:,} test pictures, 8 questions each:
 

@@ -11,16 +11,13 @@ import torch
 
 from mico.reference import train_llava as trainer
 from mico.reference.grids import SHORT, examples
+from mico.reference.tiny_llava import answer_logits, build_model, build_processor, make_batch
 from mico.reference.train_llava import (
     ENOUGH,
     WINDOW,
     Progress,
     Recipe,
     accuracies,
-    answer_logits,
-    build_model,
-    build_processor,
-    make_batch,
     train,
 )
 
