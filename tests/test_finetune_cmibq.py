@@ -350,7 +350,7 @@ def test_two_processes_train_as_one_with_a_doubled_batch(
 def test_gradient_checkpointing_and_accumulation_change_nothing(
     model: Path, pairs: dict[str, str], tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = dict(max_steps=2, save_steps=2, ib_weight=0.1)
+    options: dict[str, Any] = dict(max_steps=1, save_steps=1, ib_weight=0.1)
     train(model, pairs, tmp_path / "plain", FIRST, **options)
     train(model, pairs, tmp_path / "again", FIRST, gradient_checkpointing=True, **options)
     split: dict[str, Any] = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
