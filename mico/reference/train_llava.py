@@ -1,8 +1,8 @@
 """Train tiny-llava, the shipped vision-language model, on grids of digits (`pipelines/train_llava.sh` calls this).
 
 Vision tower and projector first learn to give digits and cells the embeddings of their names. Then the whole model
-answers, first about a single digit, and about more whenever it is right often enough; until all 36 are shown it is told
-where to look, which it finds out too slowly by itself. Killed, it goes on from its last checkpoint.
+answers, first about a single digit, and about more whenever it is right often enough; until it is right about all 36 it
+is told where to look, which it finds out too slowly by itself. Killed, it goes on from its last checkpoint.
 `python -m mico.reference.train_llava --help`.
 """
 
@@ -41,17 +41,18 @@ PHOTOS = 0.3  # share of the training pictures with a photograph behind the digi
 SHORTS = 0.25  # share of the questions that ask for a word or a phrase as the suites do
 BATCHES = {1: (32, 2), 2: (24, 4), 3: (20, 6)}  # pictures a step, and questions a picture, for so many cells
 BATCH = (16, 8)  # for more cells
-# Right digits, of the answers of the last steps, after which a row and a column of cells are added.
+STAGES = (1, 2, 3, CELLS)  # rows and columns of cells that a picture shows
+# Right digits, of the answers of the last steps, after which more cells are shown.
 ENOUGH, WINDOW = 0.8, 25
 VISION_STEPS, VISION_BATCH, VISION_PEAK = 600, 32, 2e-3
-HINT, HINT_LAYER = 0.3, 2  # weight of being told where to look until all cells are shown, and in which layer
+HINT, HINT_LAYER = 0.3, 2  # weight of being told where to look, until enough of all cells is right, and in which layer
 KEPT = 250  # steps between two checkpoints
 CHECK = 400  # test pictures
 
 
 @dataclass(frozen=True)
 class Recipe:
-    steps: int = 2_000
+    steps: int = 2_800
     peak: float = 1e-3  # learning rate of AdamW: embeddings, vision tower, projector
     muon: float = 3e-3  # of Muon: matrices of the language model
     seed: int = 0
@@ -175,18 +176,22 @@ def optimizers(model: Any, recipe: Recipe) -> list[tuple[torch.optim.Optimizer, 
 
 @dataclass
 class Progress:
-    """Where a training is: steps done, cells asked about, and the shares of right digits in the last steps."""
+    """Where a training is: steps done, cells shown, and the shares of right digits in the last steps."""
 
     step: int = 0
     cells: int = 1
     shares: list[float] = field(default_factory=list)
     loss: float = 0.0
+    told: bool = True  # where to look
 
     def add(self, loss: float, share: float) -> None:
         self.step, self.loss = self.step + 1, loss
         self.shares = [*self.shares, share][-WINDOW:]
-        if len(self.shares) == WINDOW and self.cells < CELLS and self.right > ENOUGH:
-            self.cells, self.shares = self.cells + 1, []
+        if len(self.shares) == WINDOW and self.right > ENOUGH and self.told:
+            if self.cells == CELLS:
+                self.told = False
+            else:
+                self.cells, self.shares = STAGES[STAGES.index(self.cells) + 1], []
 
     @property
     def right(self) -> float:
@@ -230,8 +235,7 @@ def _step(model: Any, recipe: Recipe, steppers: Any, progress: Progress, tokeniz
     with Looks(model) as looks:
         logits, labels = answer_logits(model, batch)
         loss = functional.cross_entropy(logits, labels)
-        hinted = progress.cells < CELLS
-        (loss + HINT * looks.loss(batch, tokenizer) if hinted else loss).backward()
+        (loss + HINT * looks.loss(batch, tokenizer) if progress.told else loss).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     for optimizer, highest in steppers:
         for group in optimizer.param_groups:
@@ -281,9 +285,9 @@ Questions: `What is the digit in cell BY?` (read), `What is the larger digit of 
 Trained for {recipe.steps:,} steps, most of them of {BATCH[0]} pictures with {BATCH[1]} questions each (Muon for the
 matrices of the language model, learning rate {recipe.muon}, AdamW for the rest, {recipe.peak}; seed {recipe.seed}),
 after {VISION_STEPS} steps of the vision tower alone; from one digit in a picture to 36, and told where to look until
-then. Three in ten pictures have a photograph behind the digits. Digits and photographs come with scikit-learn
-(`load_digits`: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI, CC BY 4.0; the photographs
-`china.jpg` and `flower.jpg`: CC BY). Test pictures show other digits and other parts of the photographs.
+most answers were right. Three in ten pictures have a photograph behind the digits. Digits and photographs come with
+scikit-learn (`load_digits`: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI, CC BY 4.0; the
+photographs `china.jpg` and `flower.jpg`: CC BY). Test pictures show other digits and other parts of the photographs.
 Reproduce: `bash pipelines/train_llava.sh`.
 
 Right answers on {CHECK:,} test pictures, 8 questions each:

@@ -90,6 +90,11 @@ def test_cells_are_added_when_answers_are_right_often_enough() -> None:
     for _ in range(2 * WINDOW):
         progress.add(1.0, ENOUGH - 0.01)
     assert (progress.cells, progress.step) == (2, 3 * WINDOW)
+    for cells in (2, 3, 6):
+        assert (progress.cells, progress.told) == (cells, True)
+        for _ in range(WINDOW):
+            progress.add(1.0, 1.0)
+    assert (progress.cells, progress.told) == (6, False)
 
 
 def test_the_rate_warms_up_stays_and_falls() -> None:
