@@ -31,6 +31,11 @@ def looked_at(evidence: Evidence, layers: int) -> list[torch.Tensor]:
     from transformers import DynamicCache
 
     language, first = evidence.language, evidence.layer + 1
+    kernel = str(language.config._attn_implementation)
+    if kernel not in ("sdpa", "eager"):
+        raise UserError(
+            f"attention {kernel!r}: looking ahead needs a mask: load the model with attn_implementation='sdpa'"
+        )
     text_BN = evidence.seen_BN & ~torch.zeros_like(evidence.seen_BN).scatter(1, evidence.visual_BV, evidence.real_BV)
     text_BT, spoken_BT = packed(text_BN)
     columns_BS = torch.cat((evidence.visual_BV, text_BT), 1)

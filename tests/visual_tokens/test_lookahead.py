@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers.masking_utils import create_causal_mask
 
+from mico.errors import UserError
 from mico.visual_tokens import METHODS, Evidence, enable
 from mico.visual_tokens.flops import Shape
 from mico.visual_tokens.lookahead import lookahead_flops, looked_at
@@ -74,6 +76,13 @@ def test_the_first_layer_ahead_is_what_the_dense_model_attends_to() -> None:
     evidence, found = seen_by_the_scorer(model, 1, input_ids=ids, pixel_values=image)[0]
     attention = eager(input_ids=ids, pixel_values=image, output_attentions=True).attentions[evidence.layer + 1]
     torch.testing.assert_close(found[0], attention[:, :, 3 + VISUAL :, 3 : 3 + VISUAL], atol=1e-5, rtol=1e-4)
+
+
+def test_kernels_without_masks_are_refused() -> None:
+    language = SimpleNamespace(config=SimpleNamespace(_attn_implementation="flash_attention_2"))
+    evidence: Any = SimpleNamespace(language=language, layer=0)
+    with pytest.raises(UserError, match="'flash_attention_2': looking ahead needs a mask"):
+        looked_at(evidence, 2)
 
 
 def test_operations_of_a_lookahead() -> None:
