@@ -102,6 +102,7 @@ class PrunedTrainer(Trainer):
     def _loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         student_AV, targets_A = answer_logits(outputs.logits, labels)
         taught_AV = None if self._taught_BKV is None else answer_logits(self._taught_BKV, labels)[0]
+        self._taught_BKV = None  # no need of it while gradients are made
         count = len(targets_A) if num_items_in_batch is None else num_items_in_batch
         total = distilled(student_AV, targets_A, taught_AV, self.share)
         return total / (count.clamp_min(1) if isinstance(count, torch.Tensor) else max(1, count))

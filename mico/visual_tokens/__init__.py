@@ -45,7 +45,8 @@ def enable(
 
     Logits keep their shape; those at pruned image tokens are 0. Tokens with a label, those where a `question_mask`
     (batch, tokens) given to the forward is false, and generated ones are no part of the question. `generate` works
-    with its DynamicCache, batches, sampling and beams.
+    with its DynamicCache, batches, sampling and beams. A cache that was filled inside, or a copy of it, goes on inside
+    (this or a later `enable`), never outside, where nothing knows which tokens it lacks.
     Raises UserError for other models and unknown values, and while open for what cannot work with pruning: static
     caches, assisted decoding, chunked prefill, output_attentions, output_hidden_states, inputs_embeds.
     """
@@ -56,9 +57,11 @@ def enable(
             f"{type(model).__name__}: visual tokens are pruned in LlavaForConditionalGeneration and "
             "LlavaNextForConditionalGeneration"
         )
-    allowed = 0 < retain <= 1 if isinstance(retain, float) else retain >= 1
-    if not allowed:
-        raise UserError(f"retain={retain}: give a number of tokens from 1 on, or a share above 0.0 and up to 1.0")
+    number = isinstance(retain, (int, float)) and not isinstance(retain, bool)
+    if not number or not (0 < retain <= 1 if isinstance(retain, float) else retain >= 1):
+        raise UserError(
+            f"retain={retain!r}: give a whole number of tokens from 1 on, or a share above 0.0 and up to 1.0"
+        )
     chosen = method_of(method, version)
     if adaptive and "raters" not in chosen.needs:
         raise UserError(f"method {chosen.name!r} has no raters whose attention has a rank: leave adaptive away")

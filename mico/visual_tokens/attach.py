@@ -8,7 +8,6 @@ tower is watched.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,6 +21,7 @@ from mico.visual_tokens.pruning import Rules
 from mico.visual_tokens.tokens import Prompt, Tokens
 from mico.visual_tokens.trace import Totals, Trace
 
+_HELD = "_mico_pruned"  # attribute of a cache: its copies and later calls of `enable` go on with it
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
 
 
@@ -35,9 +35,8 @@ class Pruning:
         self.totals = Totals()
         self._language: Any = model.model.language_model
         self._dense: Callable[..., Any] = self._language.forward
-        self._caches: weakref.WeakKeyDictionary[Any, Cached] = weakref.WeakKeyDictionary()
         self._prompt_length: int | None = None
-        self._cls: tuple[torch.Tensor, torch.Tensor] | None = None  # scores, and features by which they are known
+        self._cls: tuple[torch.Tensor, list[float]] | None = None  # scores, and by what their pictures are known
 
     # What is hung on the model
 
@@ -66,10 +65,13 @@ class Pruning:
     def forward(self, *arguments: Any, prompt: Prompt | None = None, **options: Any) -> Any:
         """In place of the language model's own forward, which still runs where there is nothing to prune."""
         cache = options.get("past_key_values")
-        cached = self._caches.get(cache) if cache is not None else None
+        filled = cache is not None and cache.get_seq_length() > 0
+        if cache is not None and not filled:
+            vars(cache).pop(_HELD, None)  # emptied, it starts anew
+        cached: Cached | None = getattr(cache, _HELD, None)
         images = prompt is not None and bool(prompt.visual_BL.any())
         if not images and cached is None:
-            if prompt is not None and (cache is None or cache.get_seq_length() == 0):
+            if prompt is not None and not filled:
                 self.totals.text_only += len(prompt.ids_BL)
             return self._dense(*arguments, **options)
         assert prompt is not None and not arguments, "LlavaModel calls its language model by keywords"
@@ -95,7 +97,7 @@ class Pruning:
         output = original(*arguments, **options)
         sizes = options.get("image_sizes", arguments[1] if len(arguments) > 1 else None)
         scores = cls_of_visual_tokens(self.model.model, cls_attention(watch), sizes)
-        self._cls = scores, output.pooler_output[0].detach()
+        self._cls = scores, _marks(output.pooler_output)
         return output
 
     # The pruned forward
@@ -161,7 +163,7 @@ class Pruning:
 
     def _remember(self, trace: Trace, made: Cached, cache: Any, embeds: torch.Tensor) -> None:
         if cache is not None:
-            self._caches[cache] = made
+            setattr(cache, _HELD, made)
             layers = cache.layers[: len(trace.visual)]
             trace.kv_lengths = [layer.get_seq_length() for layer in layers]
             trace.kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
@@ -177,9 +179,12 @@ class Pruning:
         image = encoded.get("image") if encoded else None
         if image is None or "cls" not in self.rules.method.needs:
             return
-        if self._cls is None or not torch.equal(self._cls[1], image.pooler_output[0]):
+        known, given = None if self._cls is None else self._cls[1], _marks(image.pooler_output)
+        repeated = known is not None and len(given) > len(known) and set(given) == set(known)  # by beams
+        if given != known and not repeated:
             raise UserError(
-                "mm_encoder_outputs of other pictures than were encoded last: method 'cls' cannot score them"
+                "mm_encoder_outputs of other pictures than were encoded last: method 'cls' cannot score them, encode "
+                "these again or give pixel_values"
             )
 
     def _cls_scores(self, prompt: Prompt) -> torch.Tensor:
@@ -194,6 +199,11 @@ class Pruning:
         rows = torch.split(scores, counts[::times])
         every = torch.cat([row for row in rows for _ in range(times)])
         return torch.zeros(prompt.visual_BL.shape, device=scores.device).masked_scatter(prompt.visual_BL, every)
+
+
+def _marks(features: Any) -> list[float]:
+    """A number for every picture, by which its features are known again."""
+    return torch.stack([picture.detach().double().sum() for picture in features]).tolist()
 
 
 @contextmanager

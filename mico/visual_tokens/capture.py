@@ -67,8 +67,8 @@ def rotated_heads(watch: Watch, rope: tuple[torch.Tensor, torch.Tensor]) -> Head
 
 
 def turned(heads_BHNd: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Queries or keys with their RoPE, whose cos and sin are (B, N, d)."""
-    cos, sin = (part[:, None] for part in rope)
+    """Queries or keys with their RoPE, whose cos and sin are (B, N, d), on any device: layers may lie on several."""
+    cos, sin = (part[:, None].to(heads_BHNd.device) for part in rope)
     first, second = heads_BHNd.chunk(2, -1)
     return heads_BHNd * cos + torch.cat((-second, first), -1) * sin
 

@@ -155,11 +155,17 @@ def start(language: Any, rules: Rules, tokens: Tokens, prompt: Prompt) -> Prefil
     visual_B, asked_B = tokens.visual_BN.sum(1).tolist(), tokens.asked_BN.sum(1).tolist()
     depth, needs = len(language.layers), rules.method.needs
     schedules = [planned(rules.method.schedule, rules.retain, v, depth) if v else None for v in visual_B]
+    layers = next(schedule.layers for schedule in schedules if schedule)
     for sample, (schedule, asked) in enumerate(zip(schedules, asked_B, strict=True)):
         if schedule and not asked and "question" in needs:
             raise UserError(
                 f"sample {sample}: no question behind its image (text without a label), by which method "
                 f"{rules.method.name!r} judges: put it there, or use method 'cls' or 'random'"
+            )
+        if schedule and schedule.layers != layers:
+            raise UserError(
+                f"method {rules.method.name!r}: its schedule prunes behind layers {layers} for one sample of a batch "
+                f"and behind {schedule.layers} for another: let layers depend on the depth alone"
             )
         if schedule and "attention" in needs and min(schedule.layers) < 0:
             raise UserError(f"method {rules.method.name!r} needs attention and prunes before the first layer")
@@ -169,7 +175,6 @@ def start(language: Any, rules: Rules, tokens: Tokens, prompt: Prompt) -> Prefil
         gather_rows(embeddings, visual_BV), real_BV, gather_rows(embeddings, question_BQ), asked_BQ
     )
     text_B = (tokens.seen_BN.sum(1) - tokens.visual_BN.sum(1)).tolist()
-    layers = next(schedule.layers for schedule in schedules if schedule)
     raters = rater_BQ.sum(1).tolist() if "raters" in needs else [1] * len(text_B)
     trace = Trace(
         Shape.of(language.config), layers, text_B, schedules, raters=raters,

@@ -52,11 +52,14 @@ class Tokens:
         """All tokens of a batch, before the first layer."""
         batch, length = seen_BL.shape
         column_BL = torch.arange(length, device=embeds_BLD.device).expand(batch, -1)
-        visual_BL = prompt.visual_BL & seen_BL
+        visual_BL, question_BL = (mask_BL.to(seen_BL.device) for mask_BL in (prompt.visual_BL, prompt.question_BL))
+        visual_BL = visual_BL & seen_BL
         last_B1 = torch.where(visual_BL, column_BL, -1).amax(1, keepdim=True)
-        asked_BL = prompt.question_BL & seen_BL & ~visual_BL & (column_BL > last_B1)
+        asked_BL = question_BL & seen_BL & ~visual_BL & (column_BL > last_B1)
         original_BL = torch.where(visual_BL, visual_BL.cumsum(1) - 1, -1)
-        scores_BL = torch.zeros_like(seen_BL, dtype=torch.float32) if scores_BL is None else scores_BL
+        scores_BL = (
+            torch.zeros_like(seen_BL, dtype=torch.float32) if scores_BL is None else scores_BL.to(seen_BL.device)
+        )
         return cls(
             embeds_BLD, embeds_BLD, position_BL.expand(batch, -1), seen_BL, torch.where(seen_BL, column_BL, -1),
             visual_BL, asked_BL, original_BL, scores_BL,

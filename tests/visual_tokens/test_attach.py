@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from mico.errors import UserError
 from mico.packed.linear import PackedLinear
 from mico.qat.linear import QATLinear
 from mico.visual_tokens import METHODS, budgets, enable
+from mico.visual_tokens.capture import turned
 from tests.packed.making import pair_of
-from tests.visual_tokens.tiny import VISUAL, generated, llava, logits, picture, prompt
+from tests.visual_tokens.tiny import VISUAL, batched, generated, llava, logits, picture, prompt
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +104,10 @@ def test_nothing_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(retain=0), "retain=0: give a number"),
+        (dict(retain=0), "retain=0: give a whole number"),
         (dict(retain=1.5), "retain=1.5: .* a share above 0.0 and up to 1.0"),
+        (dict(retain="192"), "retain='192': give a whole number of tokens"),
+        (dict(retain=True), "retain=True: give a whole number of tokens"),
         (dict(retain=9, method="best"), "token method 'best': choose from sparsevlm, mico, fastv, cls, random, oracle"),
         (dict(retain=9, version="3.0"), "SparseVLM version '3.0': choose from 1.0, 2.0"),
         (dict(retain=9, method="cls", adaptive=True), "method 'cls' has no raters"),
@@ -177,6 +182,52 @@ def test_an_image_behind_a_cache(model: Any) -> None:
             model(input_ids=prompt(3, 6), pixel_values=picture(), past_key_values=cache)
 
 
+@pytest.mark.parametrize("method", ["sparsevlm", "cls"])
+def test_a_cache_goes_on_as_a_copy_and_inside_a_later_enable(model: Any, method: str) -> None:
+    start, step = dict(input_ids=prompt(3, 6), pixel_values=picture()), dict(input_ids=torch.tensor([[9, 11]]))
+    with enable(model, 9, method), torch.no_grad():
+        cache = model(**start, use_cache=True).past_key_values
+        copied, kept = copy.deepcopy(cache), copy.deepcopy(cache)
+        expected = model(**step, past_key_values=cache).logits
+        assert torch.equal(model(**step, past_key_values=copied).logits, expected)
+    with enable(model, 20, method):
+        assert torch.equal(logits(model, **step, past_key_values=kept), expected)
+
+
+def test_an_emptied_cache_starts_anew(model: Any) -> None:
+    inputs, text = dict(input_ids=prompt(3, 6), pixel_values=picture()), dict(input_ids=prompt(4, 3, visual=0))
+    with enable(model, 9), torch.no_grad():
+        first = model(**inputs, use_cache=True)
+        cache = first.past_key_values
+        cache.reset()
+        if cache.get_seq_length():
+            pytest.skip("this release of transformers fills an emptied cache with zeros")
+        assert torch.equal(model(**inputs, past_key_values=cache).logits, first.logits)
+        cache.reset()
+        model(**text, past_key_values=cache)
+        found = model(input_ids=torch.tensor([[9]]), past_key_values=cache).logits
+    expected = logits(model, input_ids=torch.cat((text["input_ids"], torch.tensor([[9]])), 1))
+    assert torch.allclose(found[:, -1], expected[:, -1], atol=1e-5)
+
+
+def test_layers_of_a_schedule_are_the_same_for_all_samples(model: Any) -> None:
+    """Of samples with unlike numbers of visual tokens."""
+
+    def schedule(mean: float, visual: int, depth: int) -> budgets.Schedule:
+        return budgets.Schedule(visual, depth, (visual // VISUAL % 2,), (5,), (0,))
+
+    own = replace(METHODS["random"], name="own", schedule=schedule)
+    inputs = batched(torch.cat((prompt(3, 2), prompt(2, 4)), 1), prompt(3, 6))
+    with enable(model, 9, own), pytest.raises(UserError, match=r"layers \(0,\) for one sample .* \(1,\) for another"):
+        logits(model, **inputs, pixel_values=picture(count=3))
+
+
+def test_rope_follows_the_queries_to_their_device() -> None:
+    """Layers of a model may lie on several devices, its RoPE is made on one."""
+    angles = torch.zeros(1, 5, 4)
+    assert turned(torch.zeros(1, 2, 5, 4, device="meta"), (angles, angles)).device.type == "meta"
+
+
 def test_the_oracle_must_be_told(model: Any) -> None:
     with enable(model, 9, "oracle"), pytest.raises(UserError, match="give `positions`"):
         logits(model, input_ids=prompt(3, 6), pixel_values=picture())
@@ -196,6 +247,11 @@ def test_cls_scores_are_of_the_pictures_at_hand(model: Any) -> None:
         model.get_image_features(pixel_values=picture(1))
         with pytest.raises(UserError, match="mm_encoder_outputs of other pictures"):
             model(input_ids=ids, mm_encoder_outputs={"image": ahead})
+        two = dict(input_ids=torch.cat((ids, ids)))
+        ahead = model.get_image_features(pixel_values=torch.cat((picture(0), picture(1))))
+        model.get_image_features(pixel_values=torch.cat((picture(0), picture(2))))  # the first one is the same
+        with pytest.raises(UserError, match="mm_encoder_outputs of other pictures"):
+            model(**two, mm_encoder_outputs={"image": ahead})
 
 
 def test_cls_scores_are_the_towers_attention() -> None:
