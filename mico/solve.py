@@ -124,7 +124,7 @@ class Solver:
                             run.log_layer(record)
                     self.on_block(block.index, finished.records)
                 records += finished.records
-                self.halvings = block.halvings
+                self.halvings = max(self.halvings, block.halvings)  # each tower has batches of its own
                 advance(f"block {block.index}, error {max(record['error'] for record in finished.records):.3g}")
                 del finished  # its codes are on disk: they need not live while the next block is solved
         return records

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +18,13 @@ from mico.activations import Carrier
 from mico.adapters import family_of, with_towers
 from mico.adapters.family import lookup
 from mico.channels.meters import SecondMoments
+from mico.console import Console
 from mico.errors import UserError
 from mico.image_text import load_image_text, pairs
 from mico.loading import load_processor
 from mico.packed.linear import PackedLinear
-from mico.solve import Solver
+from mico.settings import Compression
+from mico.solve import Finished, Solver
 from mico.walk import walk
 from tests.adapters.llava_models import TEXT, VISION, tiny_llava
 from tests.adapters.test_families import build
@@ -295,6 +298,17 @@ def test_the_pictures_of_digits_that_come_with_mico_calibrate_any_model_that_see
     facts = [[record["rms"] for record in one["streams"]] for one in found]
     assert facts[0] == facts[1] != facts[2]
     assert found[0]["tokens"] == found[0]["streams"][0]["rows"]
+
+
+def test_halved_batches_of_the_towers_are_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tower has batches of its own; those of the language model are the last ones."""
+    blocks = [SimpleNamespace(index=index, halvings=count) for index, count in enumerate((2, 2, 0, 1))]
+    team = SimpleNamespace(size=1, rank=0, gathered=lambda own: [own])
+    preparation: Any = SimpleNamespace(team=team, walk=lambda *_: iter(blocks), blocks=lambda: 4, device="cpu")
+    solver = Solver(preparation, Compression(method="rtn"), None, Console())
+    monkeypatch.setattr(Solver, "_compress", lambda *_: Finished({}, {}, [dict(error=0.0)]))
+    assert len(solver.pass_through(None, 0)) == 4  # type: ignore[arg-type]
+    assert solver.processes()[0]["batch_halvings"] == 2
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ def test_bad_rows_are_told_by_file_and_row(tmp_path: Path, row: Any, message: st
         ("object.json", b"{}", "a list of rows is expected, found dict"),
         ("none.json", b"[]", "is empty: no sample in it"),
         ("bad.jsonl", b'{"conversations"', r"bad\.jsonl:1: not JSON"),
-        ("bad.tar", b"text" * 300, "cannot be read as an uncompressed tar file"),
+        ("bad.tar", b"text" * 300, "is no uncompressed tar file"),
+        ("no.tar", None, r"no\.tar cannot be read \(No such file or directory\)"),
     ],
 )
 def test_files_that_hold_no_rows_are_refused(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
@@ -134,6 +136,23 @@ def test_broken_samples_of_an_archive_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no \.tar file in this folder"):
         load_image_text(tmp_path / "empty")
+
+
+def test_an_archive_that_ends_early_or_is_broken_inside_loses_no_sample_silently(tmp_path: Path) -> None:
+    whole = archive(tmp_path / "whole.tar", 4).read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        headers = [member.offset for member in tar]
+    broken = [whole[:at] for at in range(64, headers[-1] + 1024, 64)]  # cut, in headers, in contents and between
+    for at in headers:
+        for place in (at, at + 150):  # a name, a checksum
+            flipped = bytearray(whole)
+            flipped[place] ^= 255
+            broken.append(bytes(flipped))
+    broken += [whole[: headers[3]] + bytes(512) + whole[headers[3] + 512 :], whole + whole]
+    for content in broken:
+        (tmp_path / "broken.tar").write_bytes(content)
+        with pytest.raises(UserError, match=r"broken\.tar is (cut off or broken at byte|no uncompressed tar file)"):
+            load_image_text(tmp_path / "broken.tar")
 
 
 def test_the_choice_is_that_of_the_seed(tmp_path: Path) -> None:

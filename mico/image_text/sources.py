@@ -26,6 +26,8 @@ PLACEHOLDER = "<image>"  # in the rows of LLaVA-Instruct; a processor's own may 
 CAPTION_PROMPT = "Provide a brief description of the given image."  # asked of a picture that has but a caption
 ROLES = {"human": 0, "user": 0, "gpt": 1, "assistant": 1}
 _SHOWN = 3  # bad rows that an error names
+_PADDING = 2**20  # bytes behind the end of an archive, at most
+_WHOLE = "fetch it again, or pack it anew with tar"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Picture:
                 data = stream.read(-1 if self.size is None else self.size)
             with Image.open(io.BytesIO(data)) as picture:
                 return picture.convert("RGB")
+        except MemoryError:
+            raise
         except Exception as error:  # the formats of Pillow fail in many ways
             raise UserError(f"{self.name}: the picture cannot be read ({_reason(error)}): replace it") from None
 
@@ -90,7 +94,7 @@ def load_image_text(path: str | Path, image_folder: str | Path | None = None) ->
     path = Path(path)
     if path.suffix in ANNOTATIONS:
         if image_folder is not None and not Path(image_folder).is_dir():
-            raise UserError(f"--image-folder {image_folder} is not a folder")
+            raise UserError(f"--image-folder {image_folder} is not a folder: give the one that holds the pictures")
         return _from_annotations(path, Path(image_folder) if image_folder else path.parent)
     if image_folder is not None:
         raise UserError(f"--image-folder {image_folder}: {path} holds its pictures itself, leave the option out")
@@ -138,7 +142,7 @@ def _rows(path: Path, raw: bytes) -> Iterator[tuple[str, Any]]:
         return
     content = _parsed(str(path), raw)
     if not isinstance(content, list):
-        raise UserError(f"{path}: a list of rows is expected, found {type(content).__name__}")
+        raise UserError(f"{path}: a list of rows is expected, found {type(content).__name__}: give LLaVA-Instruct JSON")
     yield from ((f"row {number}", row) for number, row in enumerate(content, 1))
 
 
@@ -228,15 +232,31 @@ def _members(archive: Path) -> dict[str, dict[str, Any]]:
                 elif suffix in ("json", "txt"):
                     content: Any = file.extractfile(member)
                     parts[suffix] = content.read()
-    except (OSError, tarfile.TarError, EOFError) as error:
-        raise UserError(f"{archive} cannot be read as an uncompressed tar file ({_reason(error)})") from None
+            end = file.offset
+    except OSError as error:
+        raise UserError(f"{archive} cannot be read ({error.strerror or _reason(error)}): fetch it again") from None
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(f"{archive} is no uncompressed tar file ({_reason(error)}): {_WHOLE}") from None
+    _check_end(archive, end)
     return found
+
+
+def _check_end(archive: Path, end: int) -> None:
+    """Raise UserError unless the block at `end`, where tarfile stopped, is the mark of the archive's end.
+
+    tarfile itself takes whatever it cannot read for the end, and would lose the samples behind it.
+    """
+    with archive.open("rb") as file:
+        file.seek(end)
+        mark, behind = file.read(tarfile.BLOCKSIZE), file.read(_PADDING)
+    if mark != tarfile.NUL * tarfile.BLOCKSIZE or behind.strip(tarfile.NUL):
+        raise UserError(f"{archive} is cut off or broken at byte {end:,}: {_WHOLE}")
 
 
 def _captioned(parts: dict[str, Any]) -> tuple[tuple[tuple[str, str], ...], int]:
     if "picture" not in parts:
         raise UserError(f"no picture ({', '.join(PICTURES)})")
-    row = _parsed("its .json", parts["json"]) if "json" in parts else {}
+    row = _parsed("its .json", parts["json"], "") if "json" in parts else {}
     if isinstance(row, dict) and "conversations" in row:
         return _turns(row | {"image": ""})
     try:
@@ -255,14 +275,14 @@ def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}: check the path") from None
 
 
-def _parsed(where: str, raw: bytes) -> Any:
+def _parsed(where: str, raw: bytes, remedy: str = ": mend it, or fetch it again") -> Any:
     try:
         return json.loads(raw)
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, nesting without end
-        raise UserError(f"{where}: not JSON ({_reason(error)})") from None
+        raise UserError(f"{where}: not JSON ({_reason(error)}){remedy}") from None
 
 
 def _refuse(path: Path, problems: list[str], good: int) -> None:
@@ -270,7 +290,7 @@ def _refuse(path: Path, problems: list[str], good: int) -> None:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise UserError(f"{path}: {len(problems)} bad rows: {'; '.join(problems[:_SHOWN])}{more}: mend or remove them")
     if not good:
-        raise UserError(f"{path} is empty: no sample in it")
+        raise UserError(f"{path} is empty: no sample in it: fetch it again")
 
 
 def _reason(error: BaseException) -> str:

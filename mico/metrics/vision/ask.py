@@ -36,6 +36,8 @@ def image_of(question: Question) -> Any:
     try:
         with Image.open(question.image) as picture:
             return picture.convert("RGB")
+    except MemoryError:
+        raise
     except Exception as error:  # decoders fail in many ways
         raise UserError(f"{question.row}: image {question.image} cannot be read ({error}): fetch it again") from error
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mico.errors import UserError
-from mico.metrics.vision.question import REMEDY, SHORT, Question, Record, by, entry, find, percent, read_object, share
+from mico.metrics.vision.question import SHORT, Question, Record, by, entry, fields, find, percent, read_object, share
 
 FILE = "testdev_balanced_questions.json"
 
@@ -19,9 +18,7 @@ def load(folder: Path) -> list[Question]:
     questions = []
     for number, row in read_object(file).items():
         where = f"{file}, question {number}"
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: a {type(row).__name__}, not an object: {REMEDY}")
-        types = row.get("types")
+        types = fields(row, where).get("types")
         kind = str(types.get("structural", "other")) if isinstance(types, dict) else "other"
         image = images / f"{entry(row, 'imageId', where)}.jpg"
         prompt = entry(row, "question", where) + SHORT

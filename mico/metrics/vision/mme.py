@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mico.errors import UserError
-from mico.metrics.vision.question import REMEDY, SHORT, Question, Record, by, entry, read_rows
+from mico.metrics.vision.question import REMEDY, SHORT, Question, Record, by, entry, read_rows, read_text
 from mico.metrics.vision.yes_no import YES_NO, mme_figures
 from mico.tables import number
 
@@ -54,7 +54,7 @@ def _file(file: Path, category: str, images: Path) -> list[Question]:
     found = [images / f"{file.stem}{ending}" for ending in IMAGES]
     image = next((path for path in found if path.is_file()), found[0])
     questions = []
-    for place, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for place, line in enumerate(read_text(file).splitlines(), 1):
         if not line.strip():
             continue
         text, tab, answer = line.strip().partition("\t")
@@ -90,14 +90,18 @@ def _wording(text: str) -> str:
 
 
 def score(records: Sequence[Record]) -> dict[str, Any]:
-    """Points: acc + acc_plus of every category, their sums over perception (10) and cognition (4)."""
+    """Points: acc + acc_plus of every category, their sums over perception (10) and cognition (4).
+
+    absent: categories without a question, which add nothing to the sums.
+    """
     categories = {name: mme_figures(found) for name, found in by(records, "category").items()}
     sums = {
         side: sum(found["score"] for name, found in categories.items() if name in names)
         for side, names in SIDES.items()
     }
     unpaired = sum(found["unpaired"] for found in categories.values())
-    return dict(sums, unpaired=unpaired, categories=categories)
+    absent = [name for name in (*PERCEPTION, *COGNITION) if name not in categories]
+    return dict(sums, unpaired=unpaired, absent=absent, categories=categories)
 
 
 def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:

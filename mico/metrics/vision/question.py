@@ -91,10 +91,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Objects of a file with one a line, or with a list of them, each with where it stands (from 1)."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): {REMEDY}") from error
+    text = read_text(path)
     if text.lstrip().startswith("["):
         try:
             rows = [(f"{path}, entry {number}", row) for number, row in enumerate(json.loads(text), 1)]
@@ -103,9 +100,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     else:
         rows = list(_lines(path, text))
     for where, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: a {type(row).__name__}, not an object: {REMEDY}")
-        yield where, row
+        yield where, fields(row, where)
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -117,16 +112,31 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
                 raise UserError(f"{path}, line {number}: no JSON ({error}): {REMEDY}") from None
 
 
-def entry(row: Mapping[str, Any], name: str, where: str, kind: type = str) -> Any:
+def read_text(path: Path) -> str:
+    """A text in UTF-8. Raises UserError naming the file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {REMEDY}") from error
+
+
+def fields(row: Any, where: str) -> dict[str, Any]:
+    """A row that is an object. Raises UserError naming it when it is something else."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a {type(row).__name__}, not an object: {REMEDY}")
+    return row
+
+
+def entry(row: Any, name: str, where: str, kind: type = str) -> Any:
     """A field of a row. Raises UserError naming row and field when it is missing or of another type."""
-    value = row.get(name)
+    value = fields(row, where).get(name)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         found = "missing" if value is None else f"{value!r:.40}"
         raise UserError(f"{where}: field '{name}' is {found}, not {kind.__name__}: {REMEDY}")
     return value
 
 
-def one_of(row: Mapping[str, Any], name: str, where: str, allowed: Sequence[str]) -> str:
+def one_of(row: Any, name: str, where: str, allowed: Sequence[str]) -> str:
     """A field whose value, in lower case, is one of `allowed`."""
     value = str(entry(row, name, where)).strip().lower()
     if value not in allowed:

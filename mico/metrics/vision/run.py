@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from mico.console import Console
 from mico.errors import UserError
 from mico.files import fingerprint
 from mico.loading import LoadedModel, load_config, load_processor
+from mico.metrics.generation import end_tokens
 from mico.metrics.vision.answers import Answers
 from mico.metrics.vision.ask import Asker, Costs, ask_all, check_images
 from mico.metrics.vision.question import Question, Record, share
@@ -23,6 +25,7 @@ from mico.metrics.vision.suites import SUITES, load_suite, part_of, suite_names
 
 FOLDER = "suites"  # of the answers, inside the output folder
 SAME = ("suite", "limit", "tokens")  # fields that tell one record of results.json from another
+PROMPT_FIELDS = ("image_token", "patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,9 @@ class Suites:
             suite=name, data=fingerprint([question.facts() for question in self.questions[name]]),
             model=loaded.fingerprint, dtype=str(loaded.dtype), new_tokens=SUITES[name].new_tokens,
             template=processor.chat_template, images=fingerprint(processor.image_processor.to_json_string()),
+            processor={field: getattr(processor, field, None) for field in PROMPT_FIELDS},
+            tokenizer=fingerprint(_tokenizer_facts(processor.tokenizer)),
+            ends=sorted(end_tokens(loaded.model, processor.tokenizer)),
             tokens=None if self.tokens is None else asdict(self.tokens),
         )  # fmt: skip
 
@@ -149,8 +155,8 @@ def asked_suites(
         _check_model(folder, names, hub)
     questions = {name: load_suite(name, None if vlm_data is None else Path(vlm_data).expanduser()) for name in names}
     parts = {name: part_of(found, limit) for name, found in questions.items()}
-    for part in parts.values():
-        check_images(part)
+    for found in questions.values():  # with a limit too: what an answer is kept under has all images of the suite
+        check_images(found)
     return Suites(questions, parts, limit, tokens, batch_size, folder, hub)
 
 
@@ -159,6 +165,15 @@ def _check_model(folder: str, names: Sequence[str], hub: Mapping[str, Any]) -> N
     if not family_of(config).vision:
         raise UserError(f"--suite {','.join(names)}: {folder} ({config.model_type}) sees no images: give a LLaVA model")
     load_processor(folder, **hub)
+
+
+def _tokenizer_facts(tokenizer: Any) -> Any:
+    """What cuts a text into ids and joins them, without what the last call left in it: padding and truncation."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return [type(tokenizer).__name__, tokenizer.get_vocab()]
+    parts: dict[str, Any] = json.loads(backend.to_str())
+    return {name: part for name, part in parts.items() if name not in ("padding", "truncation")}
 
 
 def _means(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from mico.metrics.vision.question import (
     Question,
     Record,
     entry,
+    fields,
     find,
     percent,
     read_object,
@@ -35,10 +36,9 @@ def load(folder: Path) -> list[Question]:
     questions = []
     for pid in map(str, ids):
         where = f"{problems}, problem {pid}"
-        row = rows.get(pid)
-        if not isinstance(row, dict):
+        if pid not in rows:
             raise UserError(f"{where}: missing, named by {splits}: {REMEDY}")
-        questions.append(_question(pid, row, where, images, wordings))
+        questions.append(_question(pid, fields(rows[pid], where), where, images, wordings))
     return questions
 
 
@@ -47,7 +47,7 @@ def _question(pid: str, row: dict[str, Any], where: str, images: Path, wordings:
     if not 0 <= answer < len(choices) <= len(LETTERS):
         raise UserError(f"{where}: answer {answer} among {len(choices)} choices: {REMEDY}")
     prompt = (wordings[pid] if pid in wordings else _prompt(row, choices, where)) + SUFFIX
-    image = images / pid / row["image"] if row.get("image") else None
+    image = images / pid / entry(row, "image", where) if row.get("image") else None
     about = dict(kind="text" if image is None else IMAGE)
     return Question(pid, prompt, LETTERS[answer], where, image, about=about)
 

@@ -56,4 +56,6 @@ def _lines(record: Mapping[str, Any]) -> list[str]:
         )
     if figures.get("unpaired"):
         lines.append(f"{record['suite']}: {figures['unpaired']:,} questions without their pair count in acc alone")
+    if figures.get("absent"):
+        lines.append(f"{record['suite']}: no question of {', '.join(figures['absent'])}: they add nothing to the sums")
     return lines

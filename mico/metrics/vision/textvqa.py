@@ -43,13 +43,12 @@ def load(folder: Path) -> list[Question]:
 def _question(
     where: str, row: Any, images: Path, tokens: Mapping[str, list[Any]], prompts: Mapping[Key, str]
 ) -> Question:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a {type(row).__name__}, not an object: {REMEDY}")
     text, image = entry(row, "question", where), entry(row, "image_id", where)
     answers = [str(answer) for answer in entry(row, "answers", where, list)]
     if len(answers) != PEOPLE:
         raise UserError(f"{where}: {len(answers)} answers, not {PEOPLE}: {REMEDY}")
-    read = [str(token) for token in row.get("ocr_tokens") or tokens.get(image, [])]
+    own = entry(row, "ocr_tokens", where, list) if row.get("ocr_tokens") else tokens.get(image, [])
+    read = [str(token) for token in own]
     prompt = prompts.get((image, text.lower())) or _prompt(text, read)
     hint = "ocr" if "Reference OCR token:" in prompt else "none"
     return Question(

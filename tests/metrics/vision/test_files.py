@@ -98,6 +98,13 @@ def test_mme_names_what_is_wrong(mme_folder, tmp_path):
         mme.load(mme_folder)
 
 
+def test_a_text_that_is_not_utf_8_is_named(mme_folder):
+    file = mme_folder / "MME_Benchmark_release_version" / "OCR" / "0001.txt"
+    file.write_bytes(b"Is it \xff red?\tYes\n")
+    with pytest.raises(UserError, match=r"0001.txt cannot be read \('utf-8' codec"):
+        mme.load(mme_folder)
+
+
 # --- POPE -----------------------------------------------------------------------------------------------------------
 
 
@@ -193,12 +200,21 @@ def test_scienceqa_asks_as_the_file_of_llava_does(science):
         (problem(answer="B"), "problem 5: field 'answer' is 'B', not int"),
         (problem(choices=list("abcdef")), "problem 5: answer 1 among 6 choices"),
         (problem(question=None), "problem 5: field 'question' is missing"),
+        (problem(image=5), "problem 5: field 'image' is 5, not str"),
+        (3, "problem 5: a int, not an object"),
         (None, "problem 5: missing, named by .*pid_splits.json"),
     ],
 )
 def test_scienceqa_names_the_problem_that_is_wrong(science, row, told):
-    write(science / "problems.json", {"5": row})
+    write(science / "problems.json", {} if row is None else {"5": row})
     with pytest.raises(UserError, match=told):
+        scienceqa.load(science)
+
+
+@pytest.mark.parametrize("turns", [[], ["Where is north?"], [{"from": "human"}]])
+def test_scienceqa_names_the_row_of_llava_that_is_wrong(science, turns):
+    write(science / "llava_test_CQM-A.json", [dict(id="4", conversations=turns)])
+    with pytest.raises(UserError, match=r"llava_test_CQM-A.json, entry 1: "):
         scienceqa.load(science)
 
 
@@ -283,10 +299,15 @@ def test_textvqa_names_what_is_wrong(text_folder):
         (text_row(answers=["one"] * 9), "entry 2: 9 answers, not 10"),
         (text_row(question=None), "entry 2: field 'question' is missing"),
         (3, "entry 2: a int, not an object"),
+        (text_row(ocr_tokens="DAKOTA"), "entry 2: field 'ocr_tokens' is 'DAKOTA', not list"),
     ):
         write(file, dict(data=[text_row(), row]))
         with pytest.raises(UserError, match=told):
             textvqa.load(text_folder)
     write(file, dict(rows=[]))
     with pytest.raises(UserError, match="field 'data' is missing, not list"):
+        textvqa.load(text_folder)
+    write(file, dict(data=[text_row()]))
+    write(text_folder / "TextVQA_Rosetta_OCR_v0.2_val.json", dict(data=[3]))
+    with pytest.raises(UserError, match=r"Rosetta_OCR_v0.2_val.json, entry 1: a int, not an object"):
         textvqa.load(text_folder)

@@ -12,12 +12,15 @@ from mico import cli, vision_options
 from mico.console import Console
 from mico.errors import UserError
 from mico.evaluate import evaluate
+from mico.files import fingerprint
 from mico.loading import load_model, load_processor
 from mico.metrics.vision import grids
 from mico.metrics.vision.answers import Answers
 from mico.metrics.vision.ask import Asker, image_of, prompt_of
 from mico.metrics.vision.question import Question
-from mico.metrics.vision.suites import SUITES, Suite, part_of
+from mico.metrics.vision.run import asked_suites
+from mico.metrics.vision.sections import suites_sections
+from mico.metrics.vision.suites import SUITES, Suite, load_suite, part_of
 from tests.pictures import TEMPLATE, llava_folder, picture
 from tests.tiny import save_model
 
@@ -275,6 +278,44 @@ def test_answers_of_other_models_data_and_options_are_not_taken(folder, small, t
     assert ask_grids(folder, tmp_path / "out", limit=8)["suites"][0]["reused"] == 0
 
 
+def test_answers_hang_on_what_cuts_and_ends_texts(folder, small, loaded, processor, monkeypatch):
+    suites = asked_suites("grids", None, None, 4, str(folder), {})
+
+    def facts():
+        return suites._facts("grids", loaded, processor)
+
+    found = [facts()]
+    processor.tokenizer(["one", "one and two"], padding=True, truncation=True, max_length=3)  # leaves traces in it
+    assert facts() == found[0] and json.loads(json.dumps(found[0])) == found[0]
+    processor.tokenizer.add_tokens("documentary")
+    found.append(facts())
+    processor.num_additional_image_tokens += 1
+    found.append(facts())
+    monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", [1, 9])
+    found.append(facts())
+    processor.chat_template = TEMPLATE
+    found.append(facts())
+    processor.image_processor.do_normalize = False
+    found.append(facts())
+    assert len({fingerprint(one) for one in found}) == len(found)
+
+
+def test_what_is_missing_is_told_below_the_table():
+    record = dict(
+        suite="mme", questions=3, of=9, limit=3, tokens=None, cut=1, batch_halvings=2, batch_size=1, latency=0.5,
+        without_rater=0.25, visual_tokens=4.0,
+        figures=dict(perception=50.0, cognition=0.0, unpaired=1, absent=["count", "OCR"], categories={}),
+    )  # fmt: skip
+    assert suites_sections("m", [record])[0].lines == (
+        "mme: 3 of 9 questions (--limit)",
+        "mme: 1 answers were cut at the most tokens allowed",
+        "mme: memory ran out, the batch was halved 2 times, to 1",
+        "mme: no word stood out in 25.0% of the questions, all judged",
+        "mme: 1 questions without their pair count in acc alone",
+        "mme: no question of count, OCR: they add nothing to the sums",
+    )
+
+
 def test_results_hold_every_suite_of_the_model(folder, small, tmp_path):
     ask_grids(folder, tmp_path / "out")
     evaluate(str(folder), suite="grids", limit=0.5, output_path=str(tmp_path / "out"), batch_size=8)
@@ -349,6 +390,12 @@ def test_a_missing_image_is_named_first(folder, tmp_path, monkeypatch):
     picture(0).save(tmp_path / "gqa" / "images" / "n0.jpg")
     with pytest.raises(UserError, match=r"question 1: image .*n1\.jpg does not exist"):
         evaluate(str(folder), suite="gqa", vlm_data=str(tmp_path))
+    for image in load_suite("gqa", tmp_path)[1:]:
+        picture(0).save(image.image)
+    asked = part_of(load_suite("gqa", tmp_path), 1)[0].image  # the others must be there too: the digest has them
+    next(image for image in sorted(asked.parent.iterdir()) if image != asked).unlink()
+    with pytest.raises(UserError, match=r"question \d: image .*jpg does not exist"):
+        evaluate(str(folder), suite="gqa", vlm_data=str(tmp_path), limit=1)
 
 
 def test_an_image_that_is_none_is_named(tmp_path):
