@@ -171,6 +171,8 @@ def test_what_cannot_be_trained_is_refused(model: Path, pairs: dict[str, str], t
         train(model, pairs, tmp_path / "b", teacher="tiny-llama")
     with pytest.raises(UserError, match="--retain-tokens 3: --method paretoq has no such option"):
         mico.finetune("tiny-llama", retain_tokens=3)
+    with pytest.raises(UserError, match="--retain-tokens 5: a picture has 4 visual tokens, so none would be pruned"):
+        train(model, pairs, tmp_path / "g", retain_tokens=5)
     with pytest.raises(UserError, match="no picture in it"):
         file = tmp_path / "text.json"
         said = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
@@ -185,6 +187,10 @@ def test_what_cannot_be_trained_is_refused(model: Path, pairs: dict[str, str], t
     (packed / "config.json").write_text(json.dumps(config | dict(quantization_config=dict(quant_method="mico"))))
     with pytest.raises(UserError, match=r"is packed, .*: train the dense model and compress the result"):
         train(packed, pairs, tmp_path / "f")
+    following = dict(model_type="llava_next", image_grid_pinpoints=[[8, 16]])
+    (packed / "config.json").write_text(json.dumps(config | following))
+    with pytest.raises(UserError, match=r"\(llava_next\) differ in their numbers of visual tokens: say by --retain-to"):
+        train(packed, pairs, tmp_path / "h", retain_tokens=None)
 
 
 def test_a_reference_model_trains_on_grids_by_itself(

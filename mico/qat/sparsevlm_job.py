@@ -39,6 +39,8 @@ from mico.runs import TRAINING, RunFolder
 from mico.settings import record
 from mico.summary import architecture_text, command_text, settings_text
 from mico.tables import Section, duration_text, markdown, number
+from mico.visual_tokens.budgets import check_budget, tokens_of_picture
+from mico.visual_tokens.methods import method_of
 
 MODEL, ADAPTER = "model", "adapter"
 RATE = 2e-4  # of the adapters: what LLaVA trains its own with
@@ -50,7 +52,8 @@ LAYOUT = 1
 class Pruned(Training):
     """Options of training under pruning. kd_weight: share of the divergence from the unpruned model in the loss.
 
-    retain_tokens and the three behind it: as `mico.visual_tokens.enable` takes them; None: a third of a picture's.
+    retain_tokens and the three behind it: as `mico.visual_tokens.enable` takes them; None: a third of a picture's,
+    where all pictures have the same number.
     """
 
     retain_tokens: int | None = None
@@ -95,7 +98,7 @@ class SparseVLM:
         self.source = str(model_in(request.model)) if model_in(request.model).is_dir() else request.model
         self.config = load_config(self.source, **request.hub)
         self._check_model()
-        self.tokens = self.recipe.tokens(getattr(self.config, "image_seq_length", None) or 576)
+        self.tokens = self._tokens()
         self.processor = load_processor(
             self.source, offline=request.offline, trust_remote_code=request.trust_remote_code, tell=self.console.note
         )
@@ -115,6 +118,17 @@ class SparseVLM:
                 f"--method {method}: {name} is packed, and what adapters learn cannot be merged into packed weights: "
                 "train the dense model and compress the result"
             )
+
+    def _tokens(self) -> Tokens:
+        visual = tokens_of_picture(self.config)
+        if visual is None and self.recipe.retain_tokens is None:
+            raise UserError(
+                f"--method {self.request.method}: pictures of {self.request.model} ({self.config.model_type}) differ "
+                "in their numbers of visual tokens: say by --retain-tokens how many stay"
+            )
+        tokens = self.recipe.tokens(visual or 0)
+        check_budget(self.config, tokens.retain, method_of(tokens.method, tokens.version).schedule)
+        return tokens
 
     def _data(self) -> ImageText:
         request = self.request

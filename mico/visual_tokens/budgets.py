@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mico.errors import UserError
 
@@ -65,6 +66,27 @@ def recycled(pruned: int) -> tuple[int, int]:
 def target(retain: int | float, visual: int) -> float:
     """Mean tokens in a layer that `retain` stands for: an int counts tokens, a float is a share of all of them."""
     return retain * visual if isinstance(retain, float) else min(retain, visual)
+
+
+def tokens_of_picture(config: Any) -> int | None:
+    """Visual tokens of every picture, from the config of a LLaVA; None where pictures differ, as in LLaVA-NeXT."""
+    eyes = config.vision_config
+    if config.model_type != "llava" or eyes.model_type != "clip_vision_model":
+        return None
+    patches: int = (eyes.image_size // eyes.patch_size) ** 2
+    return patches + (config.vision_feature_select_strategy == "full")  # with its CLS
+
+
+def check_budget(config: Any, retain: int, schedule: Callable[[float, int, int], Schedule]) -> None:
+    """Raise UserError, before any weight is read, where a model's pictures have fewer tokens or no schedule fits."""
+    visual = tokens_of_picture(config)
+    if visual is None:
+        return
+    if retain > visual:
+        raise UserError(
+            f"--retain-tokens {retain}: a picture has {visual} visual tokens, so none would be pruned: ask for fewer"
+        )
+    schedule(target(retain, visual), visual, config.get_text_config().num_hidden_layers)
 
 
 def scaled_layers(depth: int) -> dict[int, int]:

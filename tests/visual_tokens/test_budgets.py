@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig, PixtralVisionConfig
 
 from mico.errors import UserError
-from mico.visual_tokens.budgets import before, progressive, recycled, scaled_layers, single, target
+from mico.visual_tokens.budgets import (
+    before,
+    check_budget,
+    progressive,
+    recycled,
+    scaled_layers,
+    single,
+    target,
+    tokens_of_picture,
+)
 
 PUBLISHED = {  # version: target: chosen, with the merged ones
     "1.0": {
@@ -96,3 +108,29 @@ def test_one_layer_cannot_be_pruned() -> None:
 @pytest.mark.parametrize(("retain", "tokens"), [(48, 48), (500, 144), (0.25, 36), (1.0, 144), (1, 1)])
 def test_target(retain: float, tokens: float) -> None:
     assert target(retain, 144) == tokens
+
+
+def config(following: bool = False, **more: Any) -> Any:
+    """Of 7B models: CLIP at 336 pixels in patches of 14."""
+    eyes = CLIPVisionConfig(image_size=336, patch_size=14)
+    return (LlavaNextConfig if following else LlavaConfig)(vision_config=eyes, text_config=LlamaConfig(), **more)
+
+
+def test_tokens_of_a_picture() -> None:
+    assert tokens_of_picture(config()) == 576
+    assert tokens_of_picture(config(vision_feature_select_strategy="full")) == 577
+    smaller = LlavaConfig(vision_config=CLIPVisionConfig(image_size=224, patch_size=14), text_config=LlamaConfig())
+    assert smaller.image_seq_length == 576 and tokens_of_picture(smaller) == 256  # the field is often left as it was
+    assert tokens_of_picture(config(following=True)) is None
+    assert tokens_of_picture(LlavaConfig(vision_config=PixtralVisionConfig(), text_config=LlamaConfig())) is None
+
+
+def test_a_budget_is_checked_by_the_config_alone() -> None:
+    schedule = progressive("2.0")
+    for retain in (192, 576):
+        check_budget(config(), retain, schedule)
+    with pytest.raises(UserError, match="--retain-tokens 577: a picture has 576 visual tokens, so none would be prun"):
+        check_budget(config(), 577, schedule)
+    with pytest.raises(UserError, match=r"retain=20 of 576 visual tokens.*ask for at least 37"):
+        check_budget(config(), 20, schedule)
+    check_budget(config(following=True), 20, schedule)
