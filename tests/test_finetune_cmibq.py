@@ -353,13 +353,15 @@ def test_two_processes_train_as_one_with_a_doubled_batch(
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    curves = [[entry["loss"] for entry in history(tmp_path / name)] for name in ("one", "two")]
-    assert len(curves[0]) == 2 and curves[1] == pytest.approx(curves[0], abs=1e-3)
-    norms = [[entry["grad_norm"] for entry in history(tmp_path / name)] for name in ("one", "two")]
-    assert norms[1] == pytest.approx(norms[0], rel=1e-2)
-    maps = [json.loads((tmp_path / name / "bits.json").read_text())["sites"] for name in ("one", "two")]
-    widths = [[width for site in sites for width in site["activations"]] for sites in maps]
-    assert sum(a == b for a, b in zip(*widths, strict=True)) >= 0.9 * len(widths[0])
+    one, two = (history(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(two) == 2
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], abs=1e-3)
+    assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-3)
+    if stage is SECOND:  # over the negatives of both
+        assert two[0]["alignment_loss"] == pytest.approx(one[0]["alignment_loss"], abs=1e-4)
+    # Adam's first step is the sign of a gradient, of however small a one: what rounds otherwise moves otherwise
+    assert two[1]["loss"] == pytest.approx(one[1]["loss"], abs=5e-2)
+    assert two[1]["quantization/act_avg_bits"] == pytest.approx(one[1]["quantization/act_avg_bits"], abs=1e-2)
 
 
 def test_gradient_checkpointing_and_accumulation_change_nothing(
