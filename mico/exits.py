@@ -28,7 +28,7 @@ from mico.errors import (
 )
 
 _KEPT = "finished blocks are kept, the same command again goes on after them"
-_TASKS_KEPT = "finished tasks are kept, the same command again goes on after them"
+_EVALUATED = {"--tasks": "finished tasks", "--suite": "answers to suites"}
 USAGE: type[Exception] = typer.BadParameter.__mro__[2]  # ClickException, wherever this version of typer keeps it
 
 
@@ -69,8 +69,10 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[int, s
 
 
 def _what_is_kept(command: str, arguments: Sequence[str]) -> str:
-    if command == "eval" and any(word.startswith("--tasks") for word in arguments):
-        return _TASKS_KEPT
+    asked = [kept for option, kept in _EVALUATED.items() if any(word.split("=")[0] == option for word in arguments)]
+    if command == "eval" and asked:
+        kept = " and ".join(asked)
+        return f"{kept} are kept in --output-path (eval/ of a run folder), the same command again goes on after them"
     if command == "push":
         return "files that arrived stay on the hub, the same command again sends the others"
     if command == "finetune":

@@ -23,6 +23,7 @@ import mico.compress  # binds the module over any function of that name: the cal
 from mico import cli
 from mico.console import Console
 from mico.errors import ContractError, UserError
+from mico.exits import explain
 from tests.workspace import Workspace, workspace
 
 SOURCE = {
@@ -257,6 +258,18 @@ def test_every_failure_is_one_line_and_a_code(
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.startswith("mico: ") and message in shown.err
     assert len(shown.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (["--suite", "grids"], "answers to suites are kept in --output-path"),
+        (["--suite=grids", "--tasks", "arc_easy"], "finished tasks and answers to suites are kept"),
+        (["--eval", "docs"], "nothing was written"),
+    ],
+)
+def test_what_an_interrupted_evaluation_keeps_is_told(words: list[str], kept: str) -> None:
+    assert explain(KeyboardInterrupt(), ["eval", "tiny-llava", *words])[1].startswith(f"interrupted: {kept}")
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
