@@ -152,7 +152,7 @@ def asked_suites(
     if retain_tokens is not None:
         tokens = Tokens(retain_tokens, adaptive=adaptive, **{name: v for name, v in chosen.items() if v is not None})
     if names:
-        _check_model(folder, names, hub)
+        _check_model(folder, names, tokens, hub)
     questions = {name: load_suite(name, None if vlm_data is None else Path(vlm_data).expanduser()) for name in names}
     parts = {name: part_of(found, limit) for name, found in questions.items()}
     for found in questions.values():  # with a limit too: what an answer is kept under has all images of the suite
@@ -160,10 +160,15 @@ def asked_suites(
     return Suites(questions, parts, limit, tokens, batch_size, folder, hub)
 
 
-def _check_model(folder: str, names: Sequence[str], hub: Mapping[str, Any]) -> None:
+def _check_model(folder: str, names: Sequence[str], tokens: Tokens | None, hub: Mapping[str, Any]) -> None:
     config = load_config(folder, packed=True, **hub)
     if not family_of(config).vision:
         raise UserError(f"--suite {','.join(names)}: {folder} ({config.model_type}) sees no images: give a LLaVA model")
+    if tokens is not None:
+        from mico.visual_tokens.budgets import check_budget
+        from mico.visual_tokens.methods import method_of
+
+        check_budget(config, tokens.retain, method_of(tokens.method, tokens.version).schedule)
     load_processor(folder, **hub)
 
 
