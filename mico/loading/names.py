@@ -11,7 +11,7 @@ from mico.errors import UserError
 from mico.loading.safety import INDEX, PICKLE_REMEDY, WEIGHTS, reason
 
 REFERENCE_DIR = Path(__file__).parents[1] / "reference"
-REFERENCES = ("tiny-llama", "tiny-opt")
+REFERENCES = ("tiny-llama", "tiny-opt", "tiny-llava")
 ALIASES: dict[str, str] = {
     **{name: str(REFERENCE_DIR / name) for name in REFERENCES},
     **{f"opt-{size}": f"facebook/opt-{size}" for size in ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")},

@@ -321,6 +321,8 @@ def main() -> None:
     model = train(recipe, processor.tokenizer, args.work, device).to(torch.bfloat16).eval()
     model.save_pretrained(args.out)
     processor.save_pretrained(args.out)
+    settings = args.out / "tokenizer_config.json"  # a class name that older versions of transformers know, too
+    settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     model = model.float()
     scores = {name: accuracies(model, processor.tokenizer, name) for name in BACKGROUNDS}
     print(scores)
