@@ -10,9 +10,11 @@ D channels, d channels of a head.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from mico.errors import UserError
 from mico.visual_tokens.capture import Watch, query_names, turned
@@ -23,10 +25,10 @@ if TYPE_CHECKING:
     from mico.visual_tokens.evidence import Evidence
 
 
-def looked_at(evidence: Evidence, layers: int) -> list[torch.Tensor]:
-    """Attention of the question's tokens to the visual ones in each of the next `layers` layers, (B, H, Q, V) float32.
+def looked_at(evidence: Evidence, layers: int) -> Iterator[torch.Tensor]:
+    """Yield attention of the question's tokens to the visual ones in each of the next `layers` layers, (B, H, Q, V).
 
-    Fewer where the model ends before. Rows and columns that are not real are 0.
+    In float32; fewer where the model ends before. Rows and columns that are not real are 0.
     """
     from transformers import DynamicCache
 
@@ -48,21 +50,26 @@ def looked_at(evidence: Evidence, layers: int) -> list[torch.Tensor]:
     mask = mask.masked_fill(~allowed_BTS, torch.finfo(mask.dtype).min)[:, None]
     cos, sin = language.rotary_emb(hidden_BTD, position_ids=positions_BS)
     asked_BQ = (text_BT[:, None] == evidence.question_BQ[..., None]).int().argmax(2)  # place among the text tokens
-    found, cache = [], DynamicCache(config=language.config)
+    allowed_BQS = allowed_BTS.gather(1, asked_BQ[..., None].expand(-1, -1, allowed_BTS.shape[2]))
+    real_BQV = evidence.asked_BQ[..., None] & evidence.real_BV[:, None]
+    cache = DynamicCache(config=language.config)
     for index in range(first, min(first + layers, len(language.layers))):
         layer = language.layers[index]
-        keys, values = _keys_and_values(layer, hidden_BVD, (cos[:, :visual], sin[:, :visual]), index)
+        device = next(layer.input_layernorm.parameters()).device if hasattr(layer, "input_layernorm") else cos.device
+        cos, sin, mask, hidden_BTD = (x.to(device) for x in (cos, sin, mask, hidden_BTD))
+        keys, values = _keys_and_values(layer, hidden_BVD.to(device), (cos[:, :visual], sin[:, :visual]), index)
         cache.update(keys, values, index)
+        rope = cos[:, visual:], sin[:, visual:]
         with Watch(layer.self_attn, query_names(layer.self_attn, f"layer {index}")) as watch:
-            rope = cos[:, visual:], sin[:, visual:]
-            hidden_BTD = layer(hidden_BTD, attention_mask=mask, position_embeddings=rope, past_key_values=cache)
+            # the plain call: gradient checkpointing, which nothing here needs, would take the cache away
+            hidden_BTD = nn.Module.__call__(
+                layer, hidden_BTD, attention_mask=mask, position_embeddings=rope, past_key_values=cache
+            )
         queries, text_keys = (turned(x, rope) for x in watch.pair(layer.self_attn.head_dim))
-        rows = asked_BQ[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[-1])
+        rows = asked_BQ[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[-1]).to(device)
         every = torch.cat((keys, text_keys), 2)
-        allowed_BQS = allowed_BTS.gather(1, asked_BQ[..., None].expand(-1, -1, allowed_BTS.shape[2]))
-        found.append(_attention(queries.gather(2, rows), every, allowed_BQS, layer.self_attn.scaling)[..., :visual])
-    real_BQV = evidence.asked_BQ[..., None] & evidence.real_BV[:, None]
-    return [attention * real_BQV[:, None] for attention in found]
+        attention = _attention(queries.gather(2, rows), every, allowed_BQS.to(device), layer.self_attn.scaling)
+        yield attention[..., :visual].to(real_BQV.device) * real_BQV[:, None]
 
 
 def _keys_and_values(layer: Any, hidden_BVD: torch.Tensor, rope: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:

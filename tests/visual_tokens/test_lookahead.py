@@ -22,7 +22,7 @@ def seen_by_the_scorer(model: Any, layers: int, **inputs: Any) -> list[tuple[Evi
     found = []
 
     def scorer(evidence: Evidence) -> torch.Tensor:
-        found.append((evidence, looked_at(evidence, layers)))
+        found.append((evidence, list(looked_at(evidence, layers))))
         return torch.zeros_like(evidence.visual_BV, dtype=torch.float32)
 
     method = replace(METHODS["random"], name="looking", scorer=scorer, needs=frozenset({"question"}))
@@ -82,7 +82,7 @@ def test_kernels_without_masks_are_refused() -> None:
     language = SimpleNamespace(config=SimpleNamespace(_attn_implementation="flash_attention_2"))
     evidence: Any = SimpleNamespace(language=language, layer=0)
     with pytest.raises(UserError, match="'flash_attention_2': looking ahead needs a mask"):
-        looked_at(evidence, 2)
+        list(looked_at(evidence, 2))
 
 
 def test_operations_of_a_lookahead() -> None:

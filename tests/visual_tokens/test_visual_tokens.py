@@ -243,7 +243,8 @@ def test_answers_do_not_judge(model: Any) -> None:
         assert pruning.trace.kept == kept[0] == kept[1]
 
 
-def test_gradients_flow_through_what_is_kept(model: Any) -> None:
+@pytest.mark.parametrize("method", ["sparsevlm", "mico"])
+def test_gradients_flow_through_what_is_kept(model: Any, method: str) -> None:
     ids = prompt(3, 6)
     labels = ids.masked_fill(torch.arange(ids.shape[1]) < ids.shape[1] - 2, -100)
     weights = [model.get_input_embeddings().weight, model.model.multi_modal_projector.linear_2.weight]
@@ -255,7 +256,7 @@ def test_gradients_flow_through_what_is_kept(model: Any) -> None:
             if checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
             model.zero_grad()
-            with enable(model, 12, version="1.0"):
+            with enable(model, 12, method, version="1.0"):
                 model.train()(input_ids=ids, pixel_values=picture(), labels=labels).loss.backward()
             found.append([weight.grad.clone() for weight in weights])
         assert all(float(grad.abs().sum()) > 0 for grad in found[0])
