@@ -11,10 +11,10 @@ D channels, d channels of a head.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from mico.errors import UserError
 from mico.visual_tokens.capture import Watch, query_names, turned
@@ -60,16 +60,23 @@ def looked_at(evidence: Evidence, layers: int) -> Iterator[torch.Tensor]:
         keys, values = _keys_and_values(layer, hidden_BVD.to(device), (cos[:, :visual], sin[:, :visual]), index)
         cache.update(keys, values, index)
         rope = cos[:, visual:], sin[:, visual:]
-        with Watch(layer.self_attn, query_names(layer.self_attn, f"layer {index}")) as watch:
-            # the plain call: gradient checkpointing, which nothing here needs, would take the cache away
-            hidden_BTD = nn.Module.__call__(
-                layer, hidden_BTD, attention_mask=mask, position_embeddings=rope, past_key_values=cache
-            )
+        with Watch(layer.self_attn, query_names(layer.self_attn, f"layer {index}")) as watch, _keeping_caches(layer):
+            hidden_BTD = layer(hidden_BTD, attention_mask=mask, position_embeddings=rope, past_key_values=cache)
         queries, text_keys = (turned(x, rope) for x in watch.pair(layer.self_attn.head_dim))
         rows = asked_BQ[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[-1]).to(device)
         every = torch.cat((keys, text_keys), 2)
         attention = _attention(queries.gather(2, rows), every, allowed_BQS.to(device), layer.self_attn.scaling)
         yield attention[..., :visual].to(real_BQV.device) * real_BQV[:, None]
+
+
+@contextmanager
+def _keeping_caches(layer: Any) -> Iterator[None]:
+    """Gradient checkpointing, which takes a layer's cache away, is for layers in training only."""
+    training, layer.training = layer.training, False  # of this module, not of those inside
+    try:
+        yield
+    finally:
+        layer.training = training
 
 
 def _keys_and_values(layer: Any, hidden_BVD: torch.Tensor, rope: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
