@@ -11,7 +11,8 @@ With a step s and a zero point z (weights: 0) a value x lies at r = x / s - z, a
     dQ/ds      q - r           q + z
     dQ/dz      0               s
 
-Sums over the n values that share a step are divided by sqrt(n h) (Esser et al., Learned Step Size Quantization, 2020).
+Sums over the values that share a step are divided by sqrt(n h) (Esser et al., Learned Step Size Quantization, 2020), n
+the channels of the group: were tokens counted too, steps would learn otherwise in smaller batches or several processes.
 A mixture is sum_k p_k Q_k(x); the gradient of p_k is sum g (Q_k(x) - x), the true one less a term that is the same for
 all k: shares sum to 1, so it changes nothing. Suffixes: N rows of values (tokens, or rows of a weight), C channels,
 G groups of channels, K widths, M rows of steps: 1 where all N share them (activations), or N (weights).
@@ -107,11 +108,10 @@ def _by_group(values_NC: torch.Tensor, label_C: torch.Tensor, rows: int, groups:
     return values_MC.new_zeros(rows, groups).index_add_(1, label_C, values_MC)
 
 
-def _damping(x_NC: torch.Tensor, steps: Steps, k: int) -> torch.Tensor:
-    """1 / sqrt(n h), (1, G): n values share a step, h is the highest level."""
-    rows, groups = steps.scale_MGK.shape[:2]
-    shared_G = torch.bincount(steps.label_C, minlength=groups) * (len(x_NC) // rows if rows else 1)
-    return (shared_G * steps.half_GK[:, k]).clamp_min(1).rsqrt()[None]
+def _damping(steps: Steps, k: int) -> torch.Tensor:
+    """1 / sqrt(n h), (1, G): n channels share a step, h is the highest level."""
+    channels_G = torch.bincount(steps.label_C, minlength=steps.scale_MGK.shape[1])
+    return (channels_G * steps.half_GK[:, k]).clamp_min(1).rsqrt()[None]
 
 
 class _One(torch.autograd.Function):
@@ -195,7 +195,7 @@ def _gradients(g_NC: torch.Tensor, x_NC: torch.Tensor, share_GK: torch.Tensor | 
         share = None if share_GK is None else share_GK[None, :, k].index_select(1, steps.label_C)
         passed += inside if share is None else inside * share
         terms = _step_terms(g if share is None else g * share, r, q, inside, scale, zero)
-        damping = _damping(x, steps, k)
+        damping = _damping(steps, k)
         for sums, term in zip((of_scale, of_zero), terms, strict=True):
             if term is not None:
                 sums.append(_by_group(term, steps.label_C, rows, groups) * damping)

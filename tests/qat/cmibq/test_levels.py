@@ -44,7 +44,7 @@ def expected(x_NC: torch.Tensor, g_NC: torch.Tensor, share_GK: torch.Tensor, ste
     for n in range(rows):
         for c in range(channels):
             group, m = int(steps.label_C[c]), 0 if shared_rows else n
-            size = int((steps.label_C == group).sum()) * (rows if shared_rows else 1)
+            size = int((steps.label_C == group).sum())
             x, g = x_NC[n, c].item(), g_NC[n, c].item()
             for k, bits in enumerate(BITS):
                 zero = 0.0 if steps.zero_MGK is None else steps.zero_MGK[0, group, k].item()
