@@ -176,7 +176,7 @@ def model_folder(model: str) -> str:
     if not _is_run(path):
         return model
     if not (path / MODEL / "config.json").is_file():
-        raise UserError(f"model {model}: this run folder holds no finished model/: run its mico compress again first")
+        raise UserError(f"model {model}: this run folder holds no finished model/: run its command again, it goes on")
     return str(path / MODEL)
 
 
