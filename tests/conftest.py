@@ -6,7 +6,9 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -36,6 +38,15 @@ torch.set_num_threads(min(torch.get_num_threads(), 4))
 # No deadline: a busy machine is not a failure. In CI the examples are the same every time.
 settings.register_profile("mico", deadline=None, derandomize=os.environ.get("CI") == "true")
 settings.load_profile("mico")
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """Sums of a model depend on them in the last digit: what a test sets, the next does not find."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
 
 
 def pytest_unconfigure() -> None:

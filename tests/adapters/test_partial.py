@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import mico
+from mico import stages
 from mico.adapters import family_of
 from mico.errors import UserError
 from mico.loading import model as loading_model
@@ -19,7 +20,8 @@ def test_less_than_nine_tenths_must_be_asked_for(tmp_path: Path, monkeypatch: py
         family = family_of(config)
         return dataclasses.replace(family, streams=family.streams[:2])
 
-    monkeypatch.setattr(loading_model, "family_of", attention_only)
+    for room in (loading_model, stages):
+        monkeypatch.setattr(room, "family_of", attention_only)
     model = make_model(tmp_path / "model", layers=1)
     options = dict(
         calib="wikitext2", data_dir=str(make_texts(tmp_path / "texts")), nsamples=4, eval="wikitext2", method="rtn",
