@@ -4,7 +4,8 @@
 #   begin MODELS SMOKE_MODELS "$@"   read the arguments: sets models, options, results, mico; makes the environment
 #   arm NAME MODEL OPTION...         queue one `mico compress`, whose run folder is $results/NAME
 #   three_arms, sweep, suite_arms    what most experiments are made of
-#   queue NAME WORD...               queue any command of mico, or -m MODULE of Python
+#   queue NAME WORD...               queue any command of mico, or -m MODULE of Python; after=OTHER queue ... waits for it
+#   cmibq_options, two_stages        training by CM-IBQ; together: on all GPUs at once
 #   finish                           run the queue, then compare what came out
 #
 # An arm that is finished is skipped, a started one goes on after its last finished block, a failed one does not stop
@@ -20,6 +21,9 @@ base=() extras="" # options of every arm; extras of setup.sh
 small=()          # with --smoke: options that keep an evaluation short
 models=() options=() smoke=""
 names=() commands=() folders=() # the queue; run folders to compare at the end
+after="" waits=()               # the arm that the next one waits for; that of every arm
+processes=1                     # of a training where there is no GPU
+torchrun=() port="" node=0      # options of torchrun; port and number of this machine where several train together
 workers=()                      # the processes that empty it
 
 note() { printf '== %s: %s\n' "$pipeline" "$*" >&2; }
@@ -103,6 +107,7 @@ make_small() {
 make_once() {
     local folder=$1
     shift
+    until [ "$node" -eq 0 ] || [ -d "$folder" ]; do sleep 0.2; done # node 0 makes it for all
     if [ -d "$folder" ]; then return; fi
     rm -rf "$folder.unfinished"
     PYTHONPATH=$root "$python" "$@" "$folder.unfinished"
@@ -120,9 +125,11 @@ arm() {
     queue "$name" compress "$model" "${base[@]}" "${options[@]}" "$@" --save "$results/$name"
 }
 
-# queue NAME WORD...: any command of mico, or -m MODULE WORD... of Python.
+# queue NAME WORD...: any command of mico, or -m MODULE WORD... of Python. `after=OTHER queue ...` begins when the arm
+# OTHER, queued before, has ended.
 queue() {
     names+=("$1")
+    waits+=("$after")
     shift
     commands+=("$(printf '%q ' "$@")")
 }
@@ -138,6 +145,22 @@ refuse_own() {
             fi ;; esac
         done
     done
+}
+
+# take OPTION...: moves these, with their values, from options to taken.
+take() {
+    local word name left=() is_value=""
+    taken=()
+    for word in "${options[@]}"; do
+        name=${word%%=*}
+        if [ -n "$is_value" ] || [[ " $* " == *" ${name//_/-} "* ]]; then
+            taken+=("$word")
+            if [ -n "$is_value" ] || [[ $word == *=* ]]; then is_value=""; else is_value=1; fi
+        else
+            left+=("$word")
+        fi
+    done
+    options=("${left[@]}")
 }
 
 # The last part of a model's name, as part of a folder name.
@@ -224,6 +247,61 @@ suite_arm() {
     queue "$name" eval "$model" --suite "$suite" "${data[@]}" "${options[@]}" "$@" --output-path "$results/$name"
 }
 
+# --- CM-IBQ ---------------------------------------------------------------------------------------------------------
+
+# The GPUs of this machine, with commas; nothing where there is none.
+all_gpus() { nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, || true; }
+
+# together: every training takes all GPUs that GPUS, else CUDA_VISIBLE_DEVICES names, else all of the machine; two
+# processes on the CPU where there is none. To be called before `begin`.
+together() {
+    local gpus=${GPUS:-${CUDA_VISIBLE_DEVICES-$(all_gpus)}}
+    export CUDA_VISIBLE_DEVICES=${gpus// /,} GPUS=""
+    processes=2
+}
+
+# cmibq_options: sets train (options of both stages), first and second (STAGE1 and STAGE2: options of one stage).
+cmibq_options() {
+    refuse_own --method --stage --seed --save --json
+    read -ra first <<<"${STAGE1:-}"
+    read -ra second <<<"${STAGE2:-}"
+    train=(--method cmibq)
+    if [ -n "$smoke" ]; then
+        make_once "$results/grids" -m mico.metrics.vision.grid_files --pictures 6
+        train+=(--train-file "$results/grids/instruct/pairs.json" --eval-share 0.2 --max-steps 3 --logging-steps 1
+            --per-device-train-batch-size 4 --offline)
+    fi
+    if [ -z "$CUDA_VISIBLE_DEVICES" ] || [ -z "$(all_gpus)" ]; then
+        train+=(--device cpu)
+    elif [ -z "$smoke" ]; then
+        train+=(--gradient-checkpointing)
+        case " ${options[*]}" in *" --deepspeed"*) ;; *) train+=(--bf16) ;; esac # its configuration says it for itself
+    fi
+}
+
+# cmibq_arm NAME MODEL STAGE OPTION...: one stage, whose run folder is $results/NAME.
+cmibq_arm() {
+    local name=$1 model=$2 stage=$3
+    shift 3
+    if [ "$node" -eq 0 ]; then folders+=("$results/$name"); fi # the others leave the report to it
+    queue "$name" finetune "$model" "${train[@]}" --stage "$stage" "${options[@]}" "$@" --save "$results/$name"
+}
+
+# two_stages: both stages of every model and seed.
+two_stages() {
+    local model seed name
+    for model in "${models[@]}"; do
+        for seed in $seeds; do
+            name=$(label "$model")-stage
+            cmibq_arm "${name}1-seed$seed" "$model" 1 "${first[@]}" --seed "$seed"
+            after="${name}1-seed$seed" cmibq_arm "${name}2-seed$seed" "$results/${name}1-seed$seed" 2 "${second[@]}" \
+                --seed "$seed"
+        done
+    done
+}
+
+# --- running --------------------------------------------------------------------------------------------------------
+
 # Whether what the command behind $1 leaves there is whole, and by the same command: report.json of a run folder,
 # results.json of an evaluation, or $1.json of a module. --strict must tell its status again.
 is_finished() {
@@ -248,15 +326,19 @@ PYTHON
 
 # run_arm INDEX: one arm; its status and seconds go to $state/INDEX.
 run_arm() {
-    local name=${names[$1]} status=0 began=$SECONDS words program=("$mico")
+    local name=${names[$1]} status=0 began=$SECONDS words shown program=("$mico")
     eval "words=(${commands[$1]})"
-    if [ "${words[0]}" = -m ]; then program=(env "PYTHONPATH=$root" "$python"); fi
+    case ${words[0]} in
+        -m) program=(env "PYTHONPATH=$root" "$python") ;;
+        finetune) launch "$1" ;;
+    esac
     if [[ ${words[0]} =~ ^(compress|finetune|eval|-m)$ ]] && is_finished "$results/$name" "${words[@]}"; then
         note "$name: finished before by the same command, skipped"
         echo skipped >"$state/$1"
         return
     fi
-    note "$name: $(basename "${program[-1]}") ${commands[$1]}"
+    shown=("${program[0]##*/}" "${program[@]:1}")
+    note "$name: ${shown[*]} ${commands[$1]}"
     if [ ${#devices[@]} -eq 1 ]; then
         "${program[@]}" "${words[@]}" &
     else
@@ -266,6 +348,26 @@ run_arm() {
     wait $! || status=$?
     if [ "$status" -eq 0 ]; then note "$name: done in $((SECONDS - began)) s"; else tell_failure "$name" "$status"; fi
     echo "$status" >"$state/$1"
+}
+
+# launch INDEX: sets program, by which a training starts: torchrun where several processes share it, one a GPU. A port
+# an arm: a machine that is done first shall wait for the others in the next arm, not meet them in the last one.
+launch() {
+    local gpus=() count=$processes
+    if [ -n "$(all_gpus)" ]; then IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"; fi
+    if [ ${#gpus[@]} -gt 0 ]; then count=${#gpus[@]}; fi
+    if [ "$count" -eq 1 ] && [ ${#torchrun[@]} -eq 0 ]; then return; fi
+    program=("$(dirname "$mico")/torchrun" --nproc-per-node "$count")
+    if [ -n "$port" ]; then program+=(--master-port $((port + $1))); fi
+    program+=("${torchrun[@]:---standalone}" -m mico)
+}
+
+# await NAME: until that arm has ended.
+await() {
+    local index
+    for index in "${!names[@]}"; do
+        if [ "${names[$index]}" = "$1" ]; then until [ -s "$state/$index" ]; do sleep 0.2; done; fi
+    done
 }
 
 tell_failure() {
@@ -279,7 +381,10 @@ work() {
     trap 'kill -TERM $(jobs -p) 2>/dev/null; wait; exit 143' TERM
     export CUDA_VISIBLE_DEVICES=$1
     for index in "${!names[@]}"; do
-        if mkdir "$state/$index.taken" 2>/dev/null; then run_arm "$index"; fi
+        if mkdir "$state/$index.taken" 2>/dev/null; then
+            await "${waits[$index]}"
+            run_arm "$index"
+        fi
     done
 }
 

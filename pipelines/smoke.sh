@@ -13,7 +13,8 @@ esac
 experiments=("$@")
 if [ $# -eq 0 ]; then
     experiments=(quick_test opt_ablation vicuna_13b llama2_7b mixtral k_sweep estimator_sweep sparsity_sweep eval_only paretoq_minicpm4
-        sparsevlm_mme sparsevlm_pope sparsevlm_speed)
+        sparsevlm_mme sparsevlm_pope sparsevlm_speed cmibq_quick_test cmibq_full cmibq_stage1_multi_gpu
+        cmibq_stage2_multi_gpu cmibq_deepspeed cmibq_multi_node cmibq_wandb)
 fi
 cores=$(getconf _NPROCESSORS_ONLN)
 if [ -z "${GPUS:-}" ]; then export JOBS=${JOBS:-$((cores < 4 ? cores : 4))}; fi

@@ -29,6 +29,7 @@ EXPERIMENTS = sorted(path.name for path in PIPELINES.glob("*.sh") if "\nbegin " 
 MORE = {"eval_only.sh", "mixtral.sh", "estimator_sweep.sh"}  # with --smoke they make a model first
 SUITES = ("mme", "pope")
 VISION = {*(f"sparsevlm_{suite}.sh" for suite in SUITES), "sparsevlm_speed.sh"}
+CMIBQ = {name for name in EXPERIMENTS if name.startswith("cmibq_")}
 SHELLCHECK = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
 
 # Stands for mico: notes when it ran, where and with what, and leaves the run folder that `--save` names, results.json
@@ -102,7 +103,8 @@ class Shell:
 
     def __post_init__(self) -> None:
         unset = ("SEEDS", "GPUS", "JOBS", "CONTROLS", "RESULTS", "MICO_RESULTS", "CUDA_VISIBLE_DEVICES")
-        unset += ("RETAIN_TOKEN", "RETAIN_TOKN", "USE_VERSION")
+        unset += ("RETAIN_TOKEN", "RETAIN_TOKN", "USE_VERSION", "STAGE1", "STAGE2", "ZERO", "OFFLOAD")
+        unset += ("NODE_RANK", "NNODES", "MASTER_ADDR", "MASTER_PORT")
         self.env = {name: value for name, value in os.environ.items() if name not in unset}
         self.env |= dict(MICO_VENV=str(self.root), RECORD=str(self.root / "record"), RESULTS=str(self.results))
         python = shlex.quote(sys.executable)
@@ -217,7 +219,7 @@ def test_no_gpu_may_be_named(shell: Shell) -> None:
     assert {device for _, device, *_ in shell.record()} == {""}
 
 
-@pytest.mark.parametrize("script", [name for name in EXPERIMENTS if name not in MORE | VISION])
+@pytest.mark.parametrize("script", [name for name in EXPERIMENTS if name not in MORE | VISION | CMIBQ])
 def test_smoke_takes_a_shipped_model_and_no_hub(shell: Shell, script: str) -> None:
     assert shell.run(script, "--smoke").returncode == 0
     *arms, _ = [words for _, _, _, _, words in shell.record()]
@@ -347,6 +349,129 @@ def test_speed_is_measured_by_the_benchmark_once(shell: Shell) -> None:
     assert value(second, "--model") == "two"
     assert shell.run(*command, RETAIN_TOKEN="192 64").stderr.count("skipped\n") == 2
     assert shell.run(*command, RETAIN_TOKEN="64").returncode == 0 and len(shell.record()) == 4
+
+
+# --- CM-IBQ ---------------------------------------------------------------------------------------------------------
+
+
+def cluster(shell: Shell, gpus: int) -> None:
+    """A torchrun that notes its options and starts one process, and as many GPUs."""
+    shell.program("nvidia-smi", f"#!/bin/sh\n{f'seq 0 {gpus - 1}' if gpus else 'exit 9'}\n")
+    shell.env["PATH"] = f"{shell.root / 'bin'}:{shell.env['PATH']}"
+    note = 'echo "$*" >>"$RECORD.torchrun"; while [ "$1" != mico ]; do shift; done; shift'
+    shell.program("torchrun", f'#!/bin/sh\n{note}\nexec "{shell.root}/bin/mico" "$@"\n')
+
+
+def launches(shell: Shell) -> list[str]:
+    """The options of every torchrun."""
+    file = shell.root / "record.torchrun"
+    return [line.partition(" -m mico ")[0] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_stage_2_waits_for_stage_1_and_each_has_options_of_its_own(shell: Shell) -> None:
+    command = ("cmibq_quick_test.sh", "org/llava", "--train-file", "pairs.json", "--max-steps=7")
+    stages = dict(STAGE1="--target-bits-act 5", STAGE2="--lora-rank 8")
+    found = shell.run(*command, JOBS="2", **stages)
+    assert found.returncode == 0, found.stderr
+    (_, _, _, ended, first), (_, _, began, _, second), report = shell.record()
+    assert first[:4] == ["finetune", "org/llava", "--method", "cmibq"] and ended <= began
+    assert second[1] == value(first, "--save") and (value(first, "--stage"), value(second, "--stage")) == ("1", "2")
+    assert value(first, "--target-bits-act") == "5" and "--target-bits-act" not in second
+    assert value(second, "--lora-rank") == "8" and "--lora-rank" not in first
+    assert all("--max-steps=7" in words and value(words, "--train-file") == "pairs.json" for words in (first, second))
+    assert report[4][:3] == ["report", second[1], value(second, "--save")]
+
+
+def test_every_arm_of_cmibq_is_asked_the_suites(shell: Shell) -> None:
+    command = ("cmibq_full.sh", "org/llava", "--suite=pope", "--train-file", "pairs.json", "--vlm-data", "suites")
+    found = shell.run(*command)
+    assert found.returncode == 0, found.stderr
+    arms, report = arms_beside_report(shell)
+    trained, asked = ([words for words in arms if words[0] == verb] for verb in ("finetune", "eval"))
+    assert all("--vlm-data" not in words and "--suite=pope" not in words for words in trained)
+    chosen = [value(words, "--bits-allocation") for words in trained if "--bits-allocation" in words]
+    assert len(trained) == 4 and chosen == ["uniform", "knapsack"]
+    folders = [value(words, "--save") for words in trained]
+    assert [words[1] for words in asked] == ["org/llava", *folders]
+    assert all("--suite=pope" in words and value(words, "--vlm-data") == "suites" for words in asked)
+    assert report[1:10] == [*folders, *(value(words, "--output-path") for words in asked)]
+
+
+def test_no_suite_is_asked_without_its_data(shell: Shell) -> None:
+    assert shell.run("cmibq_full.sh", "--train-file=pairs.json").returncode == 0
+    arms, _ = arms_beside_report(shell)
+    assert [words[0] for words in arms] == ["finetune"] * 4 and arms[0][1] == "llava-1.5-7b"
+
+
+@pytest.mark.parametrize("gpus", [{"GPUS": "0 1 2"}, {"CUDA_VISIBLE_DEVICES": "0,1,2"}, {}])
+def test_one_training_takes_all_gpus(shell: Shell, gpus: dict[str, str]) -> None:
+    cluster(shell, 3)
+    found = shell.run("cmibq_stage1_multi_gpu.sh", "--train-file=pairs.json", **gpus)
+    assert found.returncode == 0, found.stderr
+    (_, device, _, _, words), _ = shell.record()
+    assert launches(shell) == ["--nproc-per-node 3 --standalone"] and device == "0,1,2"
+    assert value(words, "--stage") == "1" and {"--bf16", "--gradient-checkpointing"} <= set(words)
+
+
+def test_without_a_gpu_two_processes_share_the_cpu(shell: Shell) -> None:
+    cluster(shell, 0)
+    found = shell.run("cmibq_stage2_multi_gpu.sh", "some/run", "--train-file=pairs.json")
+    assert found.returncode == 0, found.stderr
+    (_, device, _, _, words), _ = shell.record()
+    assert launches(shell) == ["--nproc-per-node 2 --standalone"] and device == ""
+    assert words[1] == "some/run" and value(words, "--stage") == "2" and value(words, "--device") == "cpu"
+
+
+@pytest.mark.parametrize(("offload", "name"), [("", "zero2"), ("1", "zero2_offload")])
+def test_deepspeed_is_launched_on_one_gpu_too(shell: Shell, offload: str, name: str) -> None:
+    cluster(shell, 1)
+    found = shell.run("cmibq_deepspeed.sh", "--train-file=pairs.json", OFFLOAD=offload)
+    assert found.returncode == 0, found.stderr
+    arms, _ = arms_beside_report(shell)
+    assert launches(shell) == ["--nproc-per-node 1 --standalone"] * 2
+    assert all("--gradient-checkpointing" in words and "--bf16" not in words for words in arms)
+    (file,) = {Path(value(words, "--deepspeed")) for words in arms}
+    zero = json.loads(file.read_text())["zero_optimization"]
+    assert file == PIPELINES / "deepspeed" / f"{name}.json" and zero["stage"] == 2
+    assert zero.get("offload_optimizer", {}).get("device") == ("cpu" if offload else None)
+
+
+def test_a_node_takes_a_port_a_training_and_leaves_the_report_to_the_first(shell: Shell) -> None:
+    cluster(shell, 2)
+    nodes = dict(NODE_RANK="1", NNODES="3", MASTER_ADDR="10.0.0.1", MASTER_PORT="4000")
+    found = shell.run("cmibq_multi_node.sh", "--train-file=pairs.json", **nodes)
+    assert found.returncode == 0, found.stderr
+    told = "--nnodes 3 --node-rank 1 --master-addr 10.0.0.1 --rdzv-conf timeout=86400"
+    assert launches(shell) == [f"--nproc-per-node 2 --master-port {port} {told}" for port in (4000, 4001)]
+    assert [words[0] for *_, words in shell.record()] == ["finetune"] * 2
+
+
+def test_smoke_of_several_nodes_starts_two_here(shell: Shell) -> None:
+    cluster(shell, 0)
+    (shell.results / "grids").mkdir(parents=True)  # pictures take seconds
+    found = shell.run("cmibq_multi_node.sh", "--smoke", TOGETHER="2")
+    assert found.returncode == 0, found.stderr
+    first = [launch for launch in launches(shell) if "--master-port 29500" in launch]
+    assert sorted(launch.partition("--node-rank ")[2][0] for launch in first) == ["0", "1"]
+    assert [words[0] for *_, words in shell.record()].count("report") == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "env", "told"),
+    [
+        ("cmibq_deepspeed.sh", dict(ZERO="3"), "take ZERO=2, or ZERO=2 OFFLOAD=1"),
+        ("cmibq_deepspeed.sh", dict(ZERO="two"), "ZERO=two: give 2"),
+        ("cmibq_stage2_multi_gpu.sh", {}, "name a folder that stage 1 left"),
+        ("cmibq_multi_node.sh", dict(MASTER_ADDR="host"), "NODE_RANK from 0 on each machine"),
+        ("cmibq_multi_node.sh", dict(NODE_RANK="0"), "MASTER_ADDR: name the machine of NODE_RANK=0"),
+        ("cmibq_multi_node.sh", dict(NODE_RANK="2", MASTER_ADDR="host"), "must be below NNODES=2"),
+    ],
+)
+def test_what_cmibq_cannot_do_is_refused_in_a_line(shell: Shell, script: str, env: dict[str, str], told: str) -> None:
+    found = shell.run(script, **env)
+    assert found.returncode == 2 and not shell.record()
+    (line,) = found.stderr.splitlines()
+    assert told in line
 
 
 # --- how the queue runs ---------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""Grids of digits as folders of MME and POPE, so that their suites run where the real ones are not.
+"""Grids of digits as folders of MME and POPE and as LLaVA-Instruct, so that these run where the real ones are not.
 
     python -m mico.metrics.vision.grid_files FOLDER [--pictures 20]
     mico eval tiny-llava --suite mme,pope --vlm-data FOLDER
+    mico finetune tiny-llava --method cmibq --train-file FOLDER/instruct/pairs.json
 
 MME gets two of its categories: `existence` (plain pictures) and `scene` (digits over photographs); a picture is asked
 about a cell with an even digit and about one with an odd digit. POPE's three files differ, as the real ones do, in what
@@ -27,10 +28,14 @@ CATEGORIES = {"existence": "plain", "scene": "photo"}  # of MME, and the backgro
 
 
 def write_suites(folder: Path, pictures: int = PICTURES, seed: int = 0) -> None:
-    """Write mme/ and pope/ below `folder`; the same arguments give the same files. Every picture is a test picture."""
+    """Write mme/, pope/ and instruct/ below `folder`; the same arguments give the same files.
+
+    The pictures of the last are for training, the others for tests.
+    """
     for category, background in CATEGORIES.items():
         _write_mme(folder / "mme" / category, pictures, seed, background)
     _write_pope(folder / "pope", pictures, seed)
+    _write_instruct(folder / "instruct", pictures, seed)
 
 
 def _write_mme(folder: Path, pictures: int, seed: int, background: str) -> None:
@@ -60,6 +65,17 @@ def _write_pope(folder: Path, pictures: int, seed: int) -> None:
     for split, rows in lines.items():
         written = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"coco_pope_{split}.json").write_text(written, encoding="utf-8")
+
+
+def _write_instruct(folder: Path, pictures: int, seed: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, example in enumerate(examples("train", pictures, seed)):
+        example.image.save(folder / f"{number:05d}.png")
+        for asked in example.questions:
+            said = [{"from": "human", "value": f"<image>\n{asked.text}"}, {"from": "gpt", "value": asked.answer}]
+            rows.append(dict(id=f"{len(rows)}", image=f"{number:05d}.png", conversations=said))
+    (folder / "pairs.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
 def odd_cell(example: GridExample, even: Cell, split: str, rng: np.random.Generator) -> Cell:

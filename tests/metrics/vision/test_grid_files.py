@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mico.image_text import load_image_text
 from mico.metrics.vision.ask import check_images
 from mico.metrics.vision.grid_files import CATEGORIES, odd_cell, write_suites
 from mico.metrics.vision.pope import SPLITS
@@ -60,7 +61,7 @@ def test_pope_has_three_files_with_as_many_yes_as_no(folder: Path) -> None:
 def test_the_same_arguments_give_the_same_files(folder: Path, tmp_path: Path) -> None:
     write_suites(tmp_path, PICTURES)
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    assert len(files) == 2 * 2 * PICTURES + PICTURES + 3
+    assert len(files) == 2 * 2 * PICTURES + PICTURES + 3 + PICTURES + 1
     assert all((folder / file).read_bytes() == (tmp_path / file).read_bytes() for file in files)
 
 
@@ -73,3 +74,10 @@ def test_odd_cells_are_chosen_as_popes_objects_are() -> None:
     assert all(digits[row][column] == 7 for row, column in cells["popular"])
     far = {odd_cell(example, (1, 0), "adversarial", rng) for _ in range(100)}
     assert far == cells["random"]  # nothing odd is beside
+
+
+def test_training_pairs_are_read_as_llava_instruct(folder: Path) -> None:
+    read = load_image_text(str(folder / "instruct" / "pairs.json"))
+    expected = [one for example in examples("train", PICTURES, 0) for one in example.questions]
+    assert [sample.turns for sample in read.samples] == [((one.text, one.answer),) for one in expected]
+    assert all(sample.picture is not None for sample in read.samples)
