@@ -85,17 +85,21 @@ def batch() -> dict[str, torch.Tensor]:
 # --- stage 1 --------------------------------------------------------------------------------------------------------
 
 
-def test_stage_1_moves_widths_and_cools_down(first: Path) -> None:
+def test_stage_1_moves_widths_cools_down_and_settles(first: Path) -> None:
     log = history(first)
-    for short in ("act", "weight"):
-        bits = [entry[f"quantization/{short}_avg_bits"] for entry in log]
-        assert max(bits) - min(bits) > 0.2
-        assert all(entry[f"quantization/{short}_theta_grad_norm"] > 0 for entry in log)
-    heat = [entry["quantization/temperature"] for entry in log]
-    assert heat[0] == 2.0 and heat[-1] == pytest.approx(0.2) and heat == sorted(heat, reverse=True)
-    assert len({entry["quantization/weight_lambda"] for entry in log}) == len(log)
+    learning, settled = log[:3], log[3:]
+    for short, target in (("act", 4.5), ("weight", 4.0)):
+        bits = [entry[f"quantization/{short}_avg_bits"] for entry in learning]
+        assert bits[0] == pytest.approx(target, abs=1e-3) and max(bits) - min(bits) > 0.01
+        assert all(entry[f"quantization/{short}_theta_grad_norm"] > 0 for entry in learning)
+        assert all(0 <= target - entry[f"quantization/{short}_avg_bits"] + 1e-5 <= 0.02 for entry in settled)
+        assert not any(f"quantization/{short}_theta_grad_norm" in entry for entry in settled)
+    heat = [entry["quantization/temperature"] for entry in learning]
+    assert heat[0] == 2.0 and heat == sorted(set(heat), reverse=True)
+    assert len({entry["quantization/weight_lambda"] for entry in learning}) > 1
+    assert not any("quantization/temperature" in entry or "loss_act_bits" in entry for entry in settled)
     assert [entry["loss_rate"] > 0 for entry in log] == [False, *[True] * 5]  # beta grows from zero
-    assert log[-1]["nll"] < log[0]["nll"] and all(entry["grad_norm"] > 0 for entry in log)
+    assert all(entry["grad_norm"] > 0 for entry in log) and settled[-1]["nll"] < settled[0]["nll"]
     written = json.loads((first / "bits.json").read_text())["sites"]
     assert len({width for site in written for width in site["activations"]}) > 1
 

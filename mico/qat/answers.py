@@ -148,13 +148,14 @@ def _source(file: str, image_folder: str | None, split: str, seed: int) -> Image
     if file == GRIDS:
         if image_folder is not None:
             raise UserError(f"--image-folder {image_folder}: grids are made here, leave the option out")
-        return _grids(split, PICTURES if split == "train" else HELD_PICTURES, seed)
+        return grid_pairs(split, PICTURES if split == "train" else HELD_PICTURES, seed)
     if not is_image_text(file):
         raise UserError(f"{file}: LLaVA-Instruct .json or .jsonl, a webdataset .tar, or a folder of them is expected")
     return load_image_text(file, image_folder)
 
 
-def _grids(split: str, count: int, seed: int) -> ImageTextSource:
+def grid_pairs(split: str, count: int, seed: int) -> ImageTextSource:
+    """This many pictures of digits, with eight questions each; those of "test" hold digits that "train" has not."""
     photos = round(PHOTOS * count)
     samples = []
     for background, share in (("plain", count - photos), ("photo", photos)):

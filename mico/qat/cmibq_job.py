@@ -227,19 +227,20 @@ class Bottleneck:
         recipe, hidden = self.recipe, self.console.quiet or not sys.stderr.isatty()
         on_cpu = self.request.device == "cpu" or not torch.cuda.is_available()
         arguments = recipe.arguments(folder / TRAINING, hidden, on_cpu)
+        arguments.ddp_find_unused_parameters = not student.cmibq.fixed  # no width is learned any more in the last part
         arguments.ddp_broadcast_buffers = False  # each process measures for itself, and CMIBQ.advance takes the mean
         arguments.gradient_checkpointing_kwargs = dict(use_reentrant=False)  # the other kind hides inputs from the rate
         trainer = BottleneckTrainer(
             model=student, args=arguments, train_dataset=self.data.train, eval_dataset=self.data.held,
             data_collator=self.data.train.batch, scale_learning_rate=recipe.scale_learning_rate,
             theta_learning_rate=recipe.theta_learning_rate if isinstance(recipe, Shaping) else recipe.rate,
+            choose=lambda: self._choose(student),
         )  # fmt: skip
-        return fit(trainer, folder, self.console, lambda: self._settle(student))
+        return fit(trainer, folder, self.console)
 
-    def _settle(self, student: Student) -> None:
-        if not student.cmibq.fixed:
-            with self.console.stage("choose widths"):
-                harden(student, self.data.train)
+    def _choose(self, student: Student) -> None:
+        with self.console.stage("choose widths"):
+            harden(student, self.data.train)
 
     def _measured(self, model: Any, name: str) -> dict[str, float]:
         """Answers held out."""

@@ -165,11 +165,11 @@ def one_tracked_run(folder: Path, trackers: list[str]) -> Iterator[None]:
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def fit(trainer: Any, folder: Path, console: Console, settle: Callable[[], None] = lambda: None) -> Results:
+def fit(trainer: Any, folder: Path, console: Console) -> Results:
     """Train from the last whole checkpoint in `folder`/training on, and evaluate.
 
-    trainer: without callbacks of mico. Its model ends without the wrapper that computes in 16 bits. settle: what is
-    done in all processes between training and evaluation. Raises UserError where the loss is no number.
+    trainer: without callbacks of mico. Its model ends without the wrapper that computes in 16 bits. Raises UserError
+    where the loss is no number.
     """
     from transformers import PrinterCallback
 
@@ -180,7 +180,6 @@ def fit(trainer: Any, folder: Path, console: Console, settle: Callable[[], None]
         trainer.add_callback(callback)
     with quiet(), console.stage("train"), one_tracked_run(folder, trainer.args.report_to):
         train = _train(trainer, folder / TRAINING, console)
-        settle()
         after = with_perplexity(trainer.evaluate())
     if not math.isfinite(after["eval_loss"]):
         raise UserError(f"the loss is {after['eval_loss']:g} after training: lower --learning-rate")

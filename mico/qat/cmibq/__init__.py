@@ -7,14 +7,17 @@ How the parts meet, as a training does it:
     cmibq       = wrap(model, Settings(...), seen)               wrap.py       QuantLinears in place, model.cmibq
     optimizer   = AdamW(parameter_groups(model, lr=2e-5))        wrap.py
 
+    before stage 1
+        with cmibq.measuring(): forward and backward passes of the model at 8 bits, no steps
+        kind.begin(...) for both kinds                           widths.py     logits of a softened knapsack
     every micro-batch of stage 1
         output  = model(**batch)                                 a hook calls cmibq.distribute() first
         loss    = output.loss + sum(cmibq.penalty().values())    bits.py, rate.py; backward fills importance.py
     every optimizer step, in all processes
         log(cmibq.metrics()) before zero_grad; cmibq.advance(step / steps)
 
-    the end of stage 1
-        cmibq.forget_measurements(); some forward and backward passes, no steps
+    once cmibq.learned is 1, before the last part of stage 1
+        with cmibq.measuring(): forward and backward passes of the model as it is by now, no steps
         cmibq.harden()                                           knapsack.py   widths chosen for good
     stage 2
         wrap(model, settings, None); model.load_state_dict(...)  widths come with the state
@@ -25,7 +28,7 @@ How the parts meet, as a training does it:
         cmibq.activation_grids()                                 static.py     grids that packed Linears hold
         bit_map(model)
 
-stages.py does the first and the last of it, student.py and trainer.py what is between, save.py the export and what is
+stages.py does what comes before and after the training, student.py and trainer.py what is between, save.py the export and what is
 checked of it, told.py the report; recipe.py has the options. The verb is mico/qat/cmibq_job.py.
 
 levels.py is the arithmetic of all quantizers, quantizer.py their modules; allocator.py and bits.py make widths from

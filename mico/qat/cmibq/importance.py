@@ -17,7 +17,10 @@ DECAY = 0.98  # of the averages, a batch: about the last fifty count
 
 
 class Meter(nn.Module):
-    """Averages of one quantizer's groups; `levels.Watch` calls it in the backward pass."""
+    """Averages of one quantizer's groups; `levels.Watch` calls it in the backward pass.
+
+    even: all batches since the last `reset` count alike, else later ones more.
+    """
 
     importance_G: torch.Tensor
     distortion_GK: torch.Tensor
@@ -30,12 +33,13 @@ class Meter(nn.Module):
         self.register_buffer("importance_G", torch.zeros(groups))
         self.register_buffer("distortion_GK", torch.zeros(groups, widths))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        self.even = False
 
     @torch.no_grad()
     def forward(self, x_NC: torch.Tensor, gradient_NC: torch.Tensor, squares_GK: torch.Tensor) -> None:
         """Add one batch. The first ones are averaged evenly, so that nothing remains of the zeros at the start."""
         self.batches += 1
-        share = torch.clamp_min(1 / self.batches, 1 - DECAY)
+        share = 1 / self.batches if self.even else torch.clamp_min(1 / self.batches, 1 - DECAY)
         effect_C = (x_NC.float() * gradient_NC.float()).square().mean(0)
         sizes_G = torch.bincount(self.label_C, minlength=len(self.importance_G))
         effect_G = torch.zeros_like(self.importance_G).index_add_(0, self.label_C, effect_C) / sizes_G
@@ -48,14 +52,18 @@ class Meter(nn.Module):
 
 
 def average_over_ranks(meters: Sequence[Meter]) -> None:
-    """The same averages in every process: their means. One call of the network for all."""
+    """The same averages in every process: their means, by the batches that each has seen. One call of the network."""
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return
     parts = [part for meter in meters for part in (meter.importance_G, meter.distortion_GK)]
-    flat = torch.cat([part.reshape(-1) for part in parts]) / distributed.get_world_size()
+    batches = meters[0].batches.to(parts[0].dtype)  # of all alike
+    flat = torch.cat([batches.reshape(1), *(part.reshape(-1) * batches for part in parts)])
     distributed.all_reduce(flat)
-    for part, values in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+    means = (flat[1:] / flat[0].clamp_min(1)).split([part.numel() for part in parts])
+    for part, values in zip(parts, means, strict=True):
         part.copy_(values.view_as(part))
+    for meter in meters:
+        meter.batches.clamp_min_(1)  # it knows what the others have seen
 
 
 def normalized(importance_I: torch.Tensor, modality_I: torch.Tensor) -> torch.Tensor:

@@ -24,15 +24,39 @@ from mico.qat.cmibq.levels import BITS
 Array = np.ndarray
 TOLERANCE = 0.02  # bits that the average may stay below the target
 STATES = 2_000_000  # of the dynamic programme; beyond, branch and bound
+REACH = 8.0  # of logits below the largest of their group
+LIMIT = 1e6  # of a price, in units of the loss
 _SLACK = 1e-9  # of the target, for sums in floating point
 
 
-def objective(distortion_IK: torch.Tensor, logits_IK: torch.Tensor, preference: float, target: float) -> torch.Tensor:
-    """What a width costs, (I, K): distortion, in units of its mean at the width nearest the target, less `preference`
-    times log softmax(theta): what was learned decides where distortions hardly differ."""
+def objective(distortion_IK: torch.Tensor, target: float) -> torch.Tensor:
+    """Distortion in units of its mean at the width nearest the target, (I, K), float64."""
     nearest = min(range(len(BITS)), key=lambda k: abs(BITS[k] - target))
     unit = distortion_IK[:, nearest].double().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    return distortion_IK.double() / unit - preference * torch.log_softmax(logits_IK.double(), -1)
+    return distortion_IK.double() / unit
+
+
+def softened(loss_IK: torch.Tensor, cost_I: torch.Tensor, target: float, tau: float) -> torch.Tensor:
+    """Logits theta (I, K) of the knapsack with shares in place of widths and `tau` times their entropy as a bonus.
+
+    Its shares of least loss are softmax(theta / tau) with theta = -(loss + price bits), at the price of a bit at which
+    the average is the target; as tau falls they become the cheapest widths at that price. Logits of a group lie within
+    REACH of the largest: none is out of reach of what is learned later.
+    """
+    loss = loss_IK.double()
+    bits_K = torch.tensor(BITS, dtype=torch.float64, device=loss.device)
+    share_I = cost_I.double() / cost_I.double().mean()
+
+    def logits(price: float) -> torch.Tensor:
+        theta_IK = -(loss + price * share_I[:, None] * bits_K)
+        return (theta_IK - theta_IK.amax(1, keepdim=True)).clamp_min(-REACH)
+
+    low, high = -LIMIT, LIMIT
+    for _ in range(100):
+        price = (low + high) / 2
+        average = (torch.softmax(logits(price) / tau, -1) @ bits_K) @ (share_I / len(share_I))
+        low, high = (price, high) if float(average) > target else (low, price)
+    return logits((low + high) / 2)
 
 
 def choose_widths(

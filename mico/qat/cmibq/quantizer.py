@@ -108,8 +108,8 @@ class SharedInput:
 
     def __init__(self, quantizer: Callable[[torch.Tensor], torch.Tensor], readers: int, tap: int = 0) -> None:
         self.quantizer, self.readers = quantizer, readers
-        self.tap, self.turn = tap, 0  # rows of x that are kept for the rate, from another row on every turn
-        self.tapped_TC: torch.Tensor | None = None
+        self.tap, self.turn = tap, 0  # tokens of a sample that are kept for the rate, from another one on every turn
+        self.tapped_BTC: torch.Tensor | None = None
         self._key: tuple[Any, ...] | None = None
         self._held: tuple[torch.Tensor, torch.Tensor] | None = None
         self._left = 0
@@ -119,11 +119,11 @@ class SharedInput:
         version = 0 if x.is_inference() else x._version
         key = (version, torch.is_grad_enabled(), id(getattr(self.quantizer, "choice", None)))
         if self._held is None or self._held[0] is not x or self._key != key:
-            x_NC = x.reshape(-1, x.shape[-1])
-            if self.tap:
-                stride = -(-len(x_NC) // self.tap)
-                self.tapped_TC = x_NC[self.turn % stride :: stride]
-            self._held, self._key, self._left = (x, self.quantizer(x_NC).view_as(x)), key, self.readers
+            if self.tap:  # the same of every sample, whatever else is in the batch of a process
+                stride = -(-x.shape[-2] // self.tap)
+                self.tapped_BTC = x[..., self.turn % stride :: stride, :]
+            quantized = self.quantizer(x.reshape(-1, x.shape[-1])).view_as(x)
+            self._held, self._key, self._left = (x, quantized), key, self.readers
         found, self._left = self._held[1], self._left - 1
         if not self._left:
             self._held = None

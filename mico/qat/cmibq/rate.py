@@ -48,8 +48,11 @@ class LogisticPrior(nn.Module):
         return -(functional.logsigmoid(middle + half) + functional.logsigmoid(half - middle) + inside) / LOG_2
 
 
-def rate(x_TC: torch.Tensor, step_1C: torch.Tensor, prior: LogisticPrior, generator: torch.Generator) -> torch.Tensor:
-    """R in bits a value: the mean over tokens and channels, with noise from `generator` (of x's device)."""
-    noise_TC = torch.rand(x_TC.shape, generator=generator, device=x_TC.device, dtype=torch.float32) - 0.5
-    with torch.autocast(x_TC.device.type, enabled=False):
-        return prior.bits(x_TC.float() + step_1C * noise_TC, step_1C).mean()
+def rate(x_BTC: torch.Tensor, step_1C: torch.Tensor, prior: LogisticPrior, generator: torch.Generator) -> torch.Tensor:
+    """R in bits a value: the mean over samples, tokens and channels, with noise from `generator` (of x's device).
+
+    All samples (B) have the same noise, so that the mean over processes is the rate of their batches together.
+    """
+    noise_TC = torch.rand(x_BTC.shape[-2:], generator=generator, device=x_BTC.device, dtype=torch.float32) - 0.5
+    with torch.autocast(x_BTC.device.type, enabled=False):
+        return prior.bits(x_BTC.float() + step_1C * noise_TC, step_1C).mean()

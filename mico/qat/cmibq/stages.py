@@ -28,12 +28,14 @@ Batch = dict[str, torch.Tensor]
 
 
 def spaced_batches(answers: Answers, count: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-    """At most `count` rows, evenly spaced over the data, in batches of TOGETHER; those of one of several processes."""
+    """At most `count` rows, evenly spaced over the data, in batches of TOGETHER; those of one of several processes.
+
+    There may be none: `average_over_ranks` then counts the others'.
+    """
     count = min(count, len(answers))
     places = [index * len(answers) // count for index in range(count)]
-    mine = places[rank::world] or places[:1]  # who has none measures the first again: all must come to the same end
-    for start in range(0, len(mine), TOGETHER):
-        yield answers.batch([answers[place] for place in mine[start : start + TOGETHER]])
+    for start in range(rank * TOGETHER, count, world * TOGETHER):
+        yield answers.batch([answers[place] for place in places[start : start + TOGETHER]])
 
 
 def _placed(batch: Batch, device: Any) -> Batch:
@@ -44,7 +46,8 @@ def _placed(batch: Batch, device: Any) -> Batch:
 
 
 def shaped(model: Any, recipe: Shaping, answers: Answers) -> Student:
-    """The student of stage 1 around a dense float32 LLaVA; widths that are not learned are chosen."""
+    """The student of stage 1 around a dense float32 LLaVA. Widths that are not learned are chosen; those that are
+    begin where the dense model's backward passes would have them."""
     batches = [_placed(batch, model.device) for batch in spaced_batches(answers, CALIBRATION)]
     model.requires_grad_(True)
     try:
@@ -54,10 +57,18 @@ def shaped(model: Any, recipe: Shaping, answers: Answers) -> Student:
     freeze_unread(model)
     student = Student(model)
     if recipe.bits_allocation == "uniform":
-        for kind, target in zip(cmibq.kinds, (recipe.target_bits_act, recipe.target_bits_weight), strict=True):
-            kind.fix(torch.full_like(kind.chosen_I, BITS.index(int(target))))
-    elif recipe.bits_allocation == "knapsack":
-        _choose_dense(student, batches)
+        for kind in cmibq.kinds:
+            kind.fix(torch.full_like(kind.chosen_I, BITS.index(int(kind.price.target))))
+    else:
+        _measure_dense(student, batches)
+        if recipe.bits_allocation == "knapsack":
+            cmibq.harden()
+    if recipe.bits_allocation == "learned":
+        for kind in cmibq.kinds:
+            kind.begin(recipe.use_importance)
+    else:
+        for kind in cmibq.kinds:
+            kind.allocator.requires_grad_(False)
     return student
 
 
@@ -76,17 +87,16 @@ def measure(student: Student, batches: Iterable[Batch]) -> None:
 
     Losses are summed, so that an answer counts alike in whatever batch it comes.
     """
-    cmibq = student.cmibq
-    cmibq.forget_measurements()
     student.train()
-    with torch.enable_grad():
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    with torch.enable_grad(), student.cmibq.measuring():
         for batch in batches:
-            student(**_placed(batch, student.llava.device))[NLL].backward()
-            student.zero_grad(set_to_none=True)
+            # not backward(), which DistributedDataParallel and DeepSpeed would take for a step
+            torch.autograd.grad(student(**_placed(batch, student.llava.device))[NLL], trained, allow_unused=True)
 
 
 def harden(student: Student, answers: Answers) -> None:
-    """Choose the widths of a training in which they were learned. Raises UserError where a target cannot be met."""
+    """Choose the widths that were learned, in all processes. Raises UserError where a target cannot be met."""
     rank, world = 0, 1
     if distributed.is_available() and distributed.is_initialized():
         rank, world = distributed.get_rank(), distributed.get_world_size()
@@ -94,15 +104,14 @@ def harden(student: Student, answers: Answers) -> None:
     student.cmibq.harden()
 
 
-def _choose_dense(student: Student, batches: list[Batch]) -> None:
-    """Widths by what they lose in the dense model, as near as the widest come to it: no training has moved a thing."""
+def _measure_dense(student: Student, batches: list[Batch]) -> None:
+    """What widths lose in the dense model, as near as the widest come to it: no training has moved a thing."""
     cmibq = student.cmibq
     with torch.no_grad():
         for kind in cmibq.kinds:
             kind.allocator.residual[:, -1] = SURE
     cmibq.progress = 1.0
     measure(student, batches)
-    cmibq.harden()
     with torch.no_grad():
         for kind in cmibq.kinds:
             kind.allocator.residual.zero_()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import safetensors.torch
@@ -22,13 +23,17 @@ LEARNING = ("/temperature", "_lambda")  # figures that mean nothing once widths 
 class BottleneckTrainer(Trainer):
     """Trainer of a Student. Ends at the first loss that is no number.
 
-    theta_learning_rate, scale_learning_rate: of what decides widths, and of steps, priors and heads.
+    theta_learning_rate, scale_learning_rate: of what decides widths, and of steps, priors and heads. choose: chooses
+    widths for good, in every process; called once all steps are done in which they are learned.
     """
 
     model: Any
 
-    def __init__(self, *, theta_learning_rate: float, scale_learning_rate: float, **more: Any) -> None:
+    def __init__(
+        self, *, theta_learning_rate: float, scale_learning_rate: float, choose: Callable[[], None], **more: Any
+    ) -> None:
         self.theta_learning_rate, self.scale_learning_rate = theta_learning_rate, scale_learning_rate
+        self.choose = choose
         self.figures: dict[str, float] = {}  # of the last step
         self._sums: dict[str, list[torch.Tensor]] = defaultdict(list)  # of the batches since the last log
         super().__init__(**more)
@@ -153,7 +158,10 @@ class _Steps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """In every process, before a checkpoint is written."""
-        self._student.cmibq.advance(state.global_step / state.max_steps)
+        cmibq = self._student.cmibq
+        cmibq.advance(state.global_step / state.max_steps)
+        if not cmibq.fixed and cmibq.learned == 1:
+            self.trainer.choose()
 
 
 def learned_state(student: nn.Module, state: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from mico.qat.cmibq.allocator import Allocator, GroupFacts, features
-from mico.qat.cmibq.bits import Price, average_bits, averages_by_modality, one_width, shares
+from mico.qat.cmibq.bits import HOT, Price, average_bits, averages_by_modality, one_width, shares
 from mico.qat.cmibq.importance import normalized
-from mico.qat.cmibq.knapsack import choose_widths, objective
+from mico.qat.cmibq.knapsack import choose_widths, objective, softened
 from mico.qat.cmibq.levels import BITS
 from mico.qat.cmibq.quantizer import Choice, Quantizer
 from mico.qat.cmibq.sites import MODALITIES
@@ -50,9 +50,8 @@ class Widths(nn.Module):
         return GroupFacts(*(getattr(self, name) for name in FACTS))
 
     def _settle(self) -> None:
-        """Follow chosen_I: once chosen, logits are not trained any more."""
+        """Follow chosen_I."""
         self.fixed = bool((self.chosen_I != FREE).all())
-        self.allocator.requires_grad_(not self.fixed)
 
     def distribute(self, tau: float, soft: bool) -> None:
         """Give every quantizer its widths for the next forward pass."""
@@ -96,10 +95,18 @@ class Widths(nn.Module):
         return torch.cat([quantizer.meter.distortion_GK for quantizer in self.quantizers])
 
     @torch.no_grad()
+    def begin(self, use_importance: bool) -> None:
+        """Logits from what was measured of the dense model, for widths to be learned from there."""
+        self.refresh(use_importance)
+        loss_IK = objective(self.distortion(use_importance), self.price.target)
+        self.allocator.residual.copy_(softened(loss_IK, self.cost_I, self.price.target, HOT))
+
+    @torch.no_grad()
     def harden(self, use_importance: bool, preference: float) -> None:
         """Choose for good. Raises UserError where the target cannot be met (mico/qat/cmibq/knapsack.py)."""
         distortion_IK = self.distortion(use_importance)
-        loss_IK = objective(distortion_IK, self.allocator(), preference, self.price.target)
+        learned_IK = torch.log_softmax(self.allocator().double(), -1)
+        loss_IK = objective(distortion_IK, self.price.target) - preference * learned_IK
         self.fix(choose_widths(loss_IK, self.cost_I, self.price.target, self.option))
 
     @torch.no_grad()

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class CMIBQ(nn.Module):
         self.settings, self.sites = settings, tuple(sites)
         self.inputs = nn.ModuleList(inputs)
         self.readers = tuple(
-            SharedInput(quantizer, len(site.linears), settings.ib_rows if settings.use_ib else 0)
+            SharedInput(quantizer, len(site.linears), settings.ib_tokens if settings.use_ib else 0)
             for quantizer, site in zip(inputs, sites, strict=True)
         )
         self.priors = nn.ModuleList()
@@ -69,20 +70,26 @@ class CMIBQ(nn.Module):
         return all(kind.fixed for kind in self.kinds)
 
     @property
+    def learned(self) -> float:
+        """Part of the steps in which widths are learned that is done; at 1 they are to be chosen for good."""
+        steps = 1 - self.settings.settled_share
+        return 1.0 if self.progress >= steps * (1 - 1e-9) else self.progress / steps
+
+    @property
     def temperature(self) -> float:
-        return temperature(self.progress, self.settings.hard_share)
+        return temperature(self.learned, self.settings.hard_share)
 
     @property
     def soft(self) -> bool:
-        """Whether widths are mixed now: while training, before the last part of it. Evaluation never mixes."""
-        return self.training and self.progress < 1 - self.settings.hard_share
+        """Whether widths are mixed now: while training, before one a group is taken. Evaluation never mixes."""
+        return self.training and self.learned < 1 - self.settings.hard_share
 
     def distribute(self) -> None:
         """Before every forward pass of the model (a hook does it): which widths it takes."""
         for kind in self.kinds:
             kind.distribute(self.temperature, self.soft)
         for reader in self.readers:
-            reader.turn, reader.tapped_TC = self.turn, None
+            reader.turn, reader.tapped_BTC = self.turn, None
 
     def penalty(self) -> dict[str, torch.Tensor]:
         """What is added to the task's loss after a forward pass, by name, weights included: `act_bits` and
@@ -102,10 +109,10 @@ class CMIBQ(nn.Module):
         share_S = self.site_macs()
         total = torch.zeros((), device=share_S.device)
         for number, (reader, prior) in enumerate(zip(self.readers, self.priors, strict=True)):
-            x_TC = reader.tapped_TC
-            assert x_TC is not None, f"{self.sites[number].name}: the forward pass did not reach this site"
-            generator = torch.Generator(x_TC.device).manual_seed((self.settings.seed + 1) * 2**40 + self.turn)
-            total = total + share_S[number] * rate(x_TC, self.inputs[number].step_size(), prior, generator)  # type: ignore
+            x_BTC = reader.tapped_BTC
+            assert x_BTC is not None, f"{self.sites[number].name}: the forward pass did not reach this site"
+            generator = torch.Generator(x_BTC.device).manual_seed((self.settings.seed + 1) * 2**40 + self.turn)
+            total = total + share_S[number] * rate(x_BTC, self.inputs[number].step_size(), prior, generator)  # type: ignore
         return total
 
     def site_macs(self) -> torch.Tensor:
@@ -128,11 +135,16 @@ class CMIBQ(nn.Module):
         self.progress, self.turn = progress, self.turn + 1
         self.state.copy_(torch.tensor([self.progress, self.turn], dtype=torch.float64))
 
-    def forget_measurements(self) -> None:
-        """Measure afresh: before some more forward and backward passes (no steps) that `harden` is to go by."""
-        for kind in self.kinds:
-            for quantizer in kind.quantizers:
-                quantizer.meter.reset()
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Inside, backward passes (no steps) are measured afresh and count alike: what `harden` is to go by."""
+        meters = [quantizer.meter for kind in self.kinds for quantizer in kind.quantizers]
+        for meter in meters:
+            meter.reset()
+            meter.even = True
+        yield
+        for meter in meters:
+            meter.even = False
 
     def harden(self) -> None:
         """Choose all widths for good by the exact knapsack. Raises UserError where a target cannot be met."""

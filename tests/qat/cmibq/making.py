@@ -39,7 +39,7 @@ def _started() -> dict[str, torch.Tensor]:
 
 def settings(**options: Any) -> Settings:
     """Few columns a group of weights, so that there are several."""
-    return Settings(**dict(weight_group=16, ib_rows=16) | options)
+    return Settings(**dict(weight_group=16, ib_tokens=4) | options)
 
 
 def made(trained: bool = True, **options: Any) -> tuple[Any, CMIBQ]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mico.errors import UserError
-from mico.qat.cmibq.knapsack import TOLERANCE, choose_widths, objective
+from mico.qat.cmibq.knapsack import REACH, TOLERANCE, choose_widths, objective, softened
 from mico.qat.cmibq.levels import BITS
 
 GROUPS = 3000
@@ -71,9 +71,31 @@ def test_learned_logits_decide_between_equal_distortions_alone() -> None:
     logits_IK = torch.zeros(2, len(BITS))
     logits_IK[1, BITS.index(6)] = 3.0  # the second group wants 6 bits, so the first gets 2 at an average of 4
     cost_I = torch.ones(2)
-    plain = choose_widths(objective(distortion_IK, logits_IK, 0.0, 4.0), cost_I, 4.0)
-    assert [BITS[k] for k in plain.tolist()] == [4, 4]
-    learned = choose_widths(objective(distortion_IK, logits_IK, 10.0, 4.0), cost_I, 4.0)
-    assert [BITS[k] for k in learned.tolist()] == [2, 6]
-    weak = choose_widths(objective(distortion_IK, logits_IK, 0.1, 4.0), cost_I, 4.0)
-    assert [BITS[k] for k in weak.tolist()] == [4, 4]
+
+    def chosen(preference: float) -> list[int]:
+        """As Widths.harden puts it together."""
+        loss_IK = objective(distortion_IK, 4.0) - preference * torch.log_softmax(logits_IK.double(), -1)
+        return [BITS[k] for k in choose_widths(loss_IK, cost_I, 4.0).tolist()]
+
+    assert chosen(0.0) == [4, 4] and chosen(10.0) == [2, 6] and chosen(0.1) == [4, 4]
+
+
+@pytest.mark.parametrize("target", [3.5, 4.0, 6.0])
+def test_softened_shares_meet_the_target_at_one_price(target: float) -> None:
+    """The optimality conditions of a convex problem: loss + tau log share falls by the price of its bits alone."""
+    make = torch.Generator().manual_seed(0)
+    loss_IK = torch.rand(7, 1, generator=make, dtype=torch.float64) * 2.0 ** -torch.tensor(BITS).double() * 9
+    cost_I = torch.rand(7, generator=make, dtype=torch.float64) + 0.5
+    logits_IK = softened(loss_IK, cost_I, target, 2.0)
+    share_IK, bits_K = torch.softmax(logits_IK / 2, -1), torch.tensor(BITS, dtype=torch.float64)
+    assert float(cost_I / cost_I.sum() @ (share_IK @ bits_K)) == pytest.approx(target, abs=1e-6)
+    value_IK = loss_IK + 2 * share_IK.log()
+    price_IK = -(value_IK[:, 1:] - value_IK[:, :1]) / (bits_K[1:] - bits_K[0]) / cost_I[:, None]
+    torch.testing.assert_close(price_IK, price_IK[:1, :1].expand_as(price_IK))
+
+
+def test_softened_logits_stay_within_reach_of_learning() -> None:
+    loss_IK = 1e9 * 4.0 ** -torch.tensor(BITS).double().expand(3, -1) * torch.tensor([[1.0], [1e-6], [1e-12]])
+    logits_IK = softened(loss_IK, torch.ones(3), 4.0, 2.0)
+    assert float(logits_IK.amax(1).abs().max()) == 0 and float(logits_IK.min()) == -REACH
+    assert float(torch.softmax(logits_IK / 2, -1).mean(0) @ torch.tensor(BITS).double()) == pytest.approx(4, abs=1e-3)
