@@ -12,7 +12,10 @@ begin llava-1.5-7b tiny-llava "$@"
 refuse_own --deepspeed
 case ${ZERO:-2} in
     2) config=$root/pipelines/deepspeed/zero2${OFFLOAD:+_offload}.json ;;
-    3) die "ZERO=3: CM-IBQ needs whole weights in every process, to quantize them: take ZERO=2, or ZERO=2 OFFLOAD=1 where memory is short" ;;
+    3)
+        die "ZERO=3: CM-IBQ needs whole weights in every process, to quantize them: take ZERO=2, or" \
+            "ZERO=2 OFFLOAD=1 where memory is short"
+        ;;
     *) die "ZERO=$ZERO: give 2" ;;
 esac
 if [ -n "$smoke" ] && ! "$python" -c "import deepspeed" 2>/dev/null; then

@@ -19,7 +19,9 @@ if [ -n "$smoke" ] && [ -z "$rank" ]; then
     workers=($!) rank=0 count=2
 fi
 case $rank,$count,$port in
-    *[!0-9,]* | ,* | *,, | *,) die "NODE_RANK=$rank NNODES=$count MASTER_PORT=$port: give numbers, NODE_RANK from 0 on each machine" ;;
+    *[!0-9,]* | ,* | *,, | *,)
+        die "NODE_RANK=$rank NNODES=$count MASTER_PORT=$port: give numbers, NODE_RANK from 0 on each machine"
+        ;;
 esac
 if [ -z "$address" ]; then die "MASTER_ADDR: name the machine of NODE_RANK=0"; fi
 if [ "$rank" -ge "$count" ]; then die "NODE_RANK=$rank: must be below NNODES=$count"; fi
