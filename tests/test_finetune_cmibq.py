@@ -346,8 +346,7 @@ def test_two_processes_train_as_one_with_a_doubled_batch(
     model: Path, first: Path, tmp_path: Path, stage: dict[str, Any]
 ) -> None:
     source, pairs = model if stage is FIRST else first, alike(tmp_path / "pairs")
-    # noise of the rate differs by process, and Adam makes steps of any size of it: little of either
-    options = STEPS | pairs | stage | dict(max_steps=2, save_steps=1, learning_rate=1e-4, ib_weight=1e-4)
+    options = STEPS | pairs | stage | dict(max_steps=2, save_steps=1, learning_rate=1e-4)
     train(source, pairs, tmp_path / "one", options)
     given = options | dict(save=tmp_path / "two", per_device_train_batch_size=2)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
@@ -369,8 +368,7 @@ def test_two_processes_train_as_one_with_a_doubled_batch(
         learned = [name for name, x in alone.items() if x.is_floating_point() and ".meter." not in name]
         apart = {name: float((alone[name] - both[name]).abs().max()) for name in learned if "features" not in name}
         assert len(apart) > 100 and max(apart.values()) < 1e-5, max(apart, key=lambda name: apart[name])
-    # what rounds otherwise may be another level, and that of 2 bits is far away
-    assert two[1]["loss"] == pytest.approx(one[1]["loss"], abs=5e-2)
+    assert two[1]["loss"] == pytest.approx(one[1]["loss"], abs=1e-3)
     assert two[1]["quantization/act_avg_bits"] == pytest.approx(one[1]["quantization/act_avg_bits"], abs=1e-2)
 
 

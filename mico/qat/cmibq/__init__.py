@@ -28,8 +28,8 @@ How the parts meet, as a training does it:
         cmibq.activation_grids()                                 static.py     grids that packed Linears hold
         bit_map(model)
 
-stages.py does what comes before and after the training, student.py and trainer.py what is between, save.py the export and what is
-checked of it, told.py the report; recipe.py has the options. The verb is mico/qat/cmibq_job.py.
+stages.py does what comes before and after the training, student.py and trainer.py what is between, save.py the export
+and what is checked of it, told.py the report; recipe.py has the options. The verb is mico/qat/cmibq_job.py.
 
 levels.py is the arithmetic of all quantizers, quantizer.py their modules; allocator.py and bits.py make widths from
 what importance.py measures; widths.py keeps the widths of activations, and those of weights, together.

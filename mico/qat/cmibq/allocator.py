@@ -1,8 +1,8 @@
 """What is known of every group of channels, and the logits of its widths made from it. Suffix I: groups of all sites.
 
 logits = MLP(features) + a free residual. The network lets groups learn from groups like them, so that bits move in few
-steps; the residual lets each leave the others. Both start at zero, all widths equally likely; Widths.begin then gives the
-residual what was measured of the dense model.
+steps; the residual lets each leave the others. Both start at zero, all widths equally likely; Widths.begin then gives
+the residual what was measured of the dense model.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Alignment(nn.Module):
             torch.manual_seed(0)
             self.vision_head = nn.Linear(vision_channels, WIDTH, bias=False)
             self.text_head = nn.Linear(text_channels, WIDTH, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(START))
+        self.logit_scale = nn.Parameter(torch.tensor([START]))  # DeepSpeed takes no scalars
 
     def forward(
         self, vision_BD: torch.Tensor, text_BD: torch.Tensor, text_key_B: torch.Tensor,
@@ -62,7 +62,7 @@ class Alignment(nn.Module):
         target_A = torch.arange(len(logits_AA), device=logits_AA.device)
         loss = (functional.cross_entropy(logits_AA, target_A) + functional.cross_entropy(logits_AA.T, target_A)) / 2
         v2t, t2v = ((logits.detach().argmax(-1) == target_A).float().mean() for logits in (logits_AA, logits_AA.T))
-        return Aligned(loss, v2t, t2v, (-self.logit_scale.detach()).exp())
+        return Aligned(loss, v2t, t2v, (-self.logit_scale.detach()).exp().squeeze())
 
 
 def _equal(key_A: torch.Tensor) -> torch.Tensor:
