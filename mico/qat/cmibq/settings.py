@@ -25,7 +25,7 @@ class Settings:
     weight_group: int = 128
     use_ib: bool = True
     use_importance: bool = True
-    settled_share: float = 0.6
+    settled_share: float = 0.4
     hard_share: float = 0.3
     preference: float = 1.0
     ib_weight: float = 1e-2
