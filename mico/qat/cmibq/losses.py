@@ -2,7 +2,7 @@
 
 InfoNCE in both directions over the batches of all processes. A pair counts as a negative only where neither the text
 nor the picture is that of the row: several questions about one picture, and one question about several pictures, are
-no contradiction. Suffixes: B pairs of this process, A pairs of all processes, T tokens, D channels.
+no contradiction. Suffixes: B pairs of this process, A pairs of all processes, T tokens, D channels, E of the heads.
 """
 
 from __future__ import annotations
@@ -51,18 +51,26 @@ class Alignment(nn.Module):
         """
         with torch.no_grad():
             self.logit_scale.clamp_(SMALLEST, LARGEST)
-        vision_BE = functional.normalize(self.vision_head(vision_BD).float(), dim=-1)
-        text_BE = functional.normalize(self.text_head(text_BD.detach()).float(), dim=-1)
+        vision_AE = centered(gather(self.vision_head(vision_BD).float()))
+        text_AE = centered(gather(self.text_head(text_BD.detach()).float()))
         same_AA = _equal(gather(text_key_B))
         if image_key_B is not None:
             same_AA = same_AA | _equal(gather(image_key_B))
-        logits_AA = self.logit_scale.exp() * gather(vision_BE) @ gather(text_BE).T
+        logits_AA = self.logit_scale.exp() * vision_AE @ text_AE.T
         own_AA = torch.eye(len(logits_AA), dtype=torch.bool, device=logits_AA.device)
         logits_AA = logits_AA.masked_fill(same_AA & ~own_AA, -math.inf)
         target_A = torch.arange(len(logits_AA), device=logits_AA.device)
         loss = (functional.cross_entropy(logits_AA, target_A) + functional.cross_entropy(logits_AA.T, target_A)) / 2
         v2t, t2v = ((logits.detach().argmax(-1) == target_A).float().mean() for logits in (logits_AA, logits_AA.T))
         return Aligned(loss, v2t, t2v, (-self.logit_scale.detach()).exp().squeeze())
+
+
+def centered(states_AE: torch.Tensor) -> torch.Tensor:
+    """Unit vectors from the mean of all pairs to each.
+
+    What all pictures have in common is most of their mean tokens, and would make all cosines nearly 1.
+    """
+    return functional.normalize(states_AE - states_AE.mean(0), dim=-1)
 
 
 def _equal(key_A: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,7 @@ def by_loop(module: Alignment, vision_BD: torch.Tensor, text_BD: torch.Tensor, s
         head.weight.detach().double() @ values.double().T
         for head, values in ((module.vision_head, vision_BD), (module.text_head, text_BD))
     )
+    v, t = (values - values.mean(1, keepdim=True) for values in (v, t))
     v, t = (values / values.norm(dim=0) for values in (v, t))
     scale, count = math.exp(module.logit_scale.item()), len(vision_BD)
     logits = [[scale * float(v[:, i] @ t[:, j]) for j in range(count)] for i in range(count)]
@@ -55,6 +56,13 @@ def test_loss_and_accuracies_equal_a_loop(images: bool, same: set[tuple[int, int
     wanted = by_loop(module, vision_BD, text_BD, same)
     assert {name: getattr(found, name).item() for name in wanted} == pytest.approx(wanted, rel=1e-5)
     assert found.temperature.item() == pytest.approx(0.07)
+
+
+def test_what_all_pictures_share_hides_no_difference() -> None:
+    vision_BD, text_BD, text_key_B, _ = pairs()
+    module = Alignment(10, 7)
+    plain = module(vision_BD, text_BD, text_key_B).loss
+    torch.testing.assert_close(module(vision_BD + 100, text_BD - 50, text_key_B).loss, plain, rtol=1e-3, atol=0)
 
 
 def test_equal_texts_are_never_negatives() -> None:
