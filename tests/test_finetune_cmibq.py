@@ -415,6 +415,35 @@ def test_ablations_leave_their_parts_out(model: Path, first: Path, pairs: dict[s
     assert any("language_model" in name and name.endswith("q_proj.weight") for name in state)
 
 
+def test_a_pruned_model_keeps_its_zeros_through_both_stages(model: Path, pairs: dict[str, str], tmp_path: Path) -> None:
+    options: dict[str, Any] = dict(calib="docs", eval="none", nsamples=2, seqlen=16, device="cpu")
+    mico.compress(str(model), method="wanda", sparsity=0.5, wbits=16, save=str(tmp_path / "sparse"), **options)
+    pruned = {name: one.keep_RC for name, one in packed(read(tmp_path / "sparse")).items()}
+    assert len(pruned) == 2 * 7  # of the language model alone
+    for name, source, stage in (("one", "sparse", FIRST), ("two", "one", SECOND)):
+        report = train(tmp_path / source, pairs, tmp_path / name, stage, max_steps=3, save_steps=3)
+        found = packed(read(tmp_path / name))
+        assert all(torch.equal(found[path].keep_RC, keep_RC) for path, keep_RC in pruned.items())
+        assert all(found[path].keep_RC is None for path in found if path not in pruned)
+        assert all(0 < int((found[path].dequantize() != 0).sum()) == int(pruned[path].sum()) for path in pruned)
+        bits = torch.cat(
+            [torch.tensor(one.bits_G)[one.label_C].expand_as(one.codes_RC).flatten() for one in found.values()]
+        )
+        kept = torch.cat([
+            torch.ones_like(one.codes_RC).flatten() if one.keep_RC is None else one.keep_RC.flatten()
+            for one in found.values()
+        ]).bool()  # fmt: skip
+        average = float(bits[kept].float().mean())
+        assert average == pytest.approx(report["quantization"]["averages"]["weights"], abs=1e-5)
+        assert 3.98 <= average <= 4 + 1e-5 and report["size"]["sparsity"] > 0.2
+        assert report["arm"].startswith("cm-ibq w4a4.5 ") and "% sparse" in report["arm"]
+
+
+def packed(written: Any) -> dict[str, Any]:
+    """What the packed Linears of a model hold, by name."""
+    return {name: one.quantized() for name, one in written.named_modules() if isinstance(one, PackedLinear)}
+
+
 def test_what_cannot_be_trained_is_refused(model: Path, first: Path, pairs: dict[str, str], tmp_path: Path) -> None:
     zero3 = tmp_path / "zero3.json"
     zero3.write_text(json.dumps(dict(zero_optimization=dict(stage=3))))
@@ -429,7 +458,7 @@ def test_what_cannot_be_trained_is_refused(model: Path, first: Path, pairs: dict
         (first, SECOND | dict(per_device_train_batch_size=1), "one pair is alone"),
         (model, SECOND, "does not exist: give the folder of a run of mico finetune --method cmibq --stage 1"),
         (model, FIRST | dict(learning_rate=1e30, max_grad_norm=0.0), r"step \d: the loss is (nan|inf): lower"),
-        (first, FIRST, "is packed already: give the dense model"),
+        (first, FIRST, "was made by it: give the model that its stage 1 started from"),
     ]
     for place, (source, options, said) in enumerate(cases):
         with pytest.raises(UserError, match=said):

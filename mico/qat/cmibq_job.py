@@ -29,6 +29,7 @@ from mico.loading import (
 )
 from mico.loading import fingerprint as fingerprint_of
 from mico.loading.names import model_in
+from mico.packed.hf import quantized_inputs
 from mico.qat.answers import GRIDS, ImageText, read_answers
 from mico.qat.cmibq.recipe import STAGES, Aligning, Quantizing, Shaping
 from mico.qat.cmibq.save import read_state, save_quantized
@@ -37,6 +38,7 @@ from mico.qat.cmibq.stages import aligned, harden, merged, shaped
 from mico.qat.cmibq.student import Student
 from mico.qat.cmibq.told import cmibq_sections, quality, write_page
 from mico.qat.job import Request, Results, check_room, fit, place_of, write_results
+from mico.qat.modules import Mask, masks_of
 from mico.qat.recipe import WATCHING, options_of, processes, refuse_given
 from mico.runs import REPORT, TRAINING, RunFolder
 from mico.settings import PROTOCOLS, record
@@ -128,8 +130,10 @@ class Bottleneck:
             raise UserError(f"--method {method}: {name} ({self.config.model_type}) sees no images: give a LLaVA model")
         if (kind := self.config.vision_config.model_type) != "clip_vision_model":
             raise UserError(f"--method {method}: {name} sees with {kind!r}; a CLIP vision tower is needed")
-        if getattr(self.config, "quantization_config", None):
-            raise UserError(f"--method {method}: {name} is packed already: give the dense model")
+        quantized = getattr(self.config, "quantization_config", None) or {}
+        if quantized and quantized.get("quant_method") != "mico":
+            kind = quantized.get("quant_method")
+            raise UserError(f"--method {method}: {name} is quantized already ({kind}): give the dense model")
         if self.before is not None and self._fingerprint() != self.before.report["quantization"]["fingerprint"]:
             raise UserError(f"--stage 2: {name} is not what it was when stage 1 ran: restore it, or run stage 1 again")
 
@@ -173,11 +177,11 @@ class Bottleneck:
 
     def lead(self, run: RunFolder) -> dict[str, Any]:
         """Measure the dense model, train, choose widths, write the packed model, measure what is read back, report."""
-        loaded = self._load(self.place)
+        loaded, masks = self._load(self.place)
         architecture, stored = describe(loaded.model, loaded.family), self._stored()
         size = sum(parameter.numel() for parameter in loaded.model.parameters())
         dense = self._measured(loaded.model, "dense")
-        student = self._student(loaded)
+        student = self._student(loaded, masks)
         trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
         check_room(run.path, trained, self.place, self.recipe, len(self.data.train), (4 + stored.itemsize) * size)
         self.console.note(f"finetune: {trained:,} parameters are trained")
@@ -202,24 +206,35 @@ class Bottleneck:
 
     def follow(self, folder: Path) -> None:
         """Train with the others."""
-        self._train(folder, self._student(self._load(self.place)))
+        self._train(folder, self._student(*self._load(self.place)))
 
-    def _load(self, place: torch.device) -> LoadedModel:
+    def _load(self, place: torch.device) -> tuple[LoadedModel, dict[str, Mask]]:
+        """The dense float32 model, and the masks that a compression left."""
         loaded = load_model(self.base, device=str(place), dtype="float32", stream=False, **self.request.hub)
-        return replace(loaded, family=self.family)
+        if quantized_inputs(loaded.model):
+            raise UserError(
+                f"--method {self.request.method}: {self.base} was made by it: give the model that its stage 1 started "
+                "from, or --stage 2 and the folder of stage 1"
+            )
+        masks = masks_of(loaded.model)
+        if getattr(loaded.model, "is_quantized", False):
+            loaded.model.dequantize(torch.float32)  # in place
+        if masks:
+            self.console.note(f"finetune: {len(masks)} Linears keep the mask of {self.base}")
+        return replace(loaded, family=self.family), masks
 
     def _stored(self) -> torch.dtype:
         """What the checkpoint holds, and what is written where nothing is packed."""
         return self.config.dtype or self.config.get_text_config().dtype or torch.float32
 
-    def _student(self, loaded: LoadedModel) -> Student:
+    def _student(self, loaded: LoadedModel, masks: dict[str, Mask]) -> Student:
         with self.console.stage("prepare"):
             if isinstance(self.recipe, Shaping):
-                return shaped(loaded.model, self.recipe, self.data.train)
+                return shaped(loaded.model, self.recipe, self.data.train, masks)
             assert isinstance(self.recipe, Aligning)
-            teacher = self._load(self.place).model if self.recipe.use_align else None
+            teacher = self._load(self.place)[0].model if self.recipe.use_align else None
             state = read_state(self._before().folder)
-            return aligned(loaded.model, family_of(self.config), self.recipe, self.settings, state, teacher)
+            return aligned(loaded.model, family_of(self.config), self.recipe, self.settings, state, teacher, masks)
 
     def _train(self, folder: Path, student: Student) -> Results:
         from mico.qat.cmibq.trainer import BottleneckTrainer
@@ -264,26 +279,29 @@ class Bottleneck:
             base=base, fingerprint=self._fingerprint(), settings=record(self.settings), averages=bits["file"],
             stage_1=None if self.before is None else str(self.before.folder),
         )  # fmt: skip
+        size = model_size(run.path / MODEL, architecture, layers, rest)
+        settings |= dict(sparsity=round(size["sparsity"], 4), pattern=None, grouping=None)  # of the mask that stays
         return dict(
-            model=base, arm=self._arm(), architecture=architecture,
-            settings=settings | dict(sparsity=0.0, pattern=None, grouping=None), calibration=self.data.describe(),
+            model=base, arm=self._arm(size["sparsity"]), architecture=architecture, settings=settings,
+            calibration=self.data.describe(),
             identity=dict(seed=self.recipe.seed), protocol=PROTOCOLS[0], dense={}, compressed={}, training=results,
             answers=answers, quantization=quantization, bit_map=bits, left_out=self.blind,
             rows_cut=len(self.data.train.cut) + len(self.data.held.cut),
-            size=model_size(run.path / MODEL, architecture, layers, rest), layers=layers, groups=[], fallbacks=[],
+            size=size, layers=layers, groups=[], fallbacks=[],
             seconds={name: round(value, 3) for name, value in self.console.so_far().items()},
             stage_peaks=dict(self.console.peaks), peak_host_bytes=peak_host_bytes(),
             peak_device_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
             environment=run.environment, command=sys.argv, folder=str(run.path),
         )  # fmt: skip
 
-    def _arm(self) -> str:
+    def _arm(self, sparsity: float) -> str:
         """What comparisons call a run like this one: who chose the widths, targets, the parts left out, the stage."""
         recipe = self.recipe
         if isinstance(recipe, Shaping):
             settings, learned = self.settings, recipe.bits_allocation == "learned"
             parts = dict(ib=settings.use_ib, importance=settings.use_importance) if learned else {}
             name = f"{'cm-ibq' if learned else recipe.bits_allocation} {self.widths}"
+            name += f" {sparsity:.0%} sparse" if sparsity else ""
         else:
             assert isinstance(recipe, Aligning)
             parts, name = dict(align=recipe.use_align, lora=recipe.use_lora), f"{self._before().report['arm']}, stage 2"

@@ -69,7 +69,7 @@ def _write_pope(folder: Path, pictures: int, seed: int) -> None:
 
 def _write_instruct(folder: Path, pictures: int, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, example in enumerate(examples("train", pictures, seed)):
         example.image.save(folder / f"{number:05d}.png")
         for asked in example.questions:

@@ -21,6 +21,7 @@ from mico.packed.grid import stored_shared
 from mico.packed.quantized import QuantizedWeight
 from mico.qat.cmibq.importance import Meter
 from mico.qat.cmibq.levels import BITS, Steps, half_levels, mixture, quantize, vote
+from mico.qat.modules import Mask
 
 
 @dataclass(frozen=True)
@@ -133,14 +134,19 @@ class SharedInput:
 class QuantLinear(nn.Linear):
     """y = Q(x) Q(W)^T + b. `weight` stays float32 under its old name, `weight_quantizer.*` lies beside it.
 
-    inputs: the quantizer of what it reads, which belongs to the whole model (mico/qat/cmibq/wrap.py).
+    inputs: the quantizer of what it reads, which belongs to the whole model (mico/qat/cmibq/wrap.py). mask: weights
+    that a compression pruned, which are and stay exactly zero.
     """
 
     weight_quantizer: Quantizer
     inputs: SharedInput
+    keep_RC: torch.Tensor | None
+    pattern: tuple[int, int] | None
 
     @classmethod
-    def of(cls, linear: nn.Linear, weight_quantizer: Quantizer, inputs: SharedInput) -> QuantLinear:
+    def of(
+        cls, linear: nn.Linear, weight_quantizer: Quantizer, inputs: SharedInput, mask: Mask | None = None
+    ) -> QuantLinear:
         made = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         made.weight = nn.Parameter(linear.weight.detach().float(), linear.weight.requires_grad)
         if linear.bias is None:
@@ -148,11 +154,16 @@ class QuantLinear(nn.Linear):
         else:
             made.bias = nn.Parameter(linear.bias.detach().float(), linear.bias.requires_grad)
         made.weight_quantizer, made.inputs = weight_quantizer, inputs
+        made.register_buffer("keep_RC", None if mask is None else mask.keep_RC.bool(), persistent=False)
+        made.pattern = None if mask is None else mask.pattern
         return made.train(linear.training)
 
     def quantized(self) -> torch.Tensor:
         """The weight that the forward pass uses, float32 (R, C)."""
-        return self.weight_quantizer(self.weight)
+        return self._masked(self.weight_quantizer(self.weight))
+
+    def _masked(self, weight_RC: torch.Tensor) -> torch.Tensor:
+        return weight_RC if self.keep_RC is None else weight_RC * self.keep_RC
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., C) -> (..., R), in the dtype of x or of autocast."""
@@ -161,7 +172,7 @@ class QuantLinear(nn.Linear):
     def with_weight(self, x: torch.Tensor, weight_RC: torch.Tensor) -> torch.Tensor:
         """As `forward`, had the Linear this weight."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return functional.linear(self.inputs(x), self.weight_quantizer(weight_RC).to(x.dtype), bias)
+        return functional.linear(self.inputs(x), self._masked(self.weight_quantizer(weight_RC)).to(x.dtype), bias)
 
     @torch.no_grad()
     def quantized_weight(self) -> QuantizedWeight:
@@ -172,7 +183,7 @@ class QuantLinear(nn.Linear):
         scale_RC, _, half_1C = steps.width(0)
         # The level nearest to w / s: s q / s is q but for the last bit, and q is a half-integer.
         level_RC = quantize(self.weight, steps) / scale_RC
-        codes_RC = (level_RC + half_1C).round().to(torch.uint8)
+        codes_RC = self._masked((level_RC + half_1C).round().to(torch.uint8))
         bits_G = tuple(BITS[k] for k in choice.chosen_G.tolist())
         scale_RG = steps.scale_MGK[..., 0].to(torch.float16)
-        return QuantizedWeight(codes_RC, scale_RG, None, None, bits_G, quantizer.label_C)
+        return QuantizedWeight(codes_RC, scale_RG, None, None, bits_G, quantizer.label_C, self.keep_RC, self.pattern)

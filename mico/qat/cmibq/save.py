@@ -169,7 +169,8 @@ def measured_bits(model: nn.Module, sites: Sequence[Site], tokens: Mapping[str, 
         _add(sums["activations"][site.modality], grids[0][0][run_C], multiplied)
         for module in modules:
             weight = module.quantized()
-            _add(sums["weights"][site.modality], torch.tensor(weight.bits_G)[weight.label_C], module.out_features)
+            kept = module.out_features if weight.keep_RC is None else weight.keep_RC.sum(0).double()
+            _add(sums["weights"][site.modality], torch.tensor(weight.bits_G)[weight.label_C], kept)
     found: dict[str, Any] = {}
     for kind, rows in sums.items():
         found[kind] = sum(row[0] for row in rows.values()) / sum(row[1] for row in rows.values())
@@ -177,9 +178,11 @@ def measured_bits(model: nn.Module, sites: Sequence[Site], tokens: Mapping[str, 
     return found
 
 
-def _add(sums: list[float], bits_C: torch.Tensor, weight: float) -> None:
-    sums[0] += float(bits_C.double().sum()) * weight
-    sums[1] += len(bits_C) * weight
+def _add(sums: list[float], bits_C: torch.Tensor, weight: float | torch.Tensor) -> None:
+    """Widths of channels into a weighted sum and its weight."""
+    weight_C = torch.as_tensor(weight, dtype=torch.float64).expand(len(bits_C))
+    sums[0] += float(bits_C.double() @ weight_C)
+    sums[1] += float(weight_C.sum())
 
 
 def _check_targets(found: Mapping[str, Any], settings: Settings) -> None:

@@ -17,7 +17,7 @@ from mico.qat.cmibq.settings import Settings
 from mico.qat.cmibq.sites import TOWER, VISION, find_sites, read_tower_blocks
 from mico.qat.cmibq.start import observe
 from mico.qat.cmibq.student import NLL, Student
-from mico.qat.cmibq.wrap import CMIBQ, wrap
+from mico.qat.cmibq.wrap import CMIBQ, Masks, wrap
 
 CALIBRATION = 128  # answers that steps start from
 MEASURED = 512  # answers by which widths are chosen for good
@@ -45,13 +45,13 @@ def _placed(batch: Batch, device: Any) -> Batch:
 # --- stage 1 --------------------------------------------------------------------------------------------------------
 
 
-def shaped(model: Any, recipe: Shaping, answers: Answers) -> Student:
+def shaped(model: Any, recipe: Shaping, answers: Answers, masks: Masks | None = None) -> Student:
     """The student of stage 1 around a dense float32 LLaVA. Widths that are not learned are chosen; those that are
-    begin where the dense model's backward passes would have them."""
+    begin where the dense model's backward passes would have them. masks: weights that stay pruned."""
     batches = [_placed(batch, model.device) for batch in spaced_batches(answers, CALIBRATION)]
     model.requires_grad_(True)
     try:
-        cmibq = wrap(model, recipe.settings(), observe(model, find_sites(model), batches))
+        cmibq = wrap(model, recipe.settings(), observe(model, find_sites(model), batches), masks)
     except ValueError as error:
         raise UserError(str(error)) from None
     freeze_unread(model)
@@ -122,13 +122,14 @@ def _measure_dense(student: Student, batches: list[Batch]) -> None:
 
 
 def aligned(
-    model: Any, family: Family, recipe: Aligning, settings: Settings, state: Mapping[str, torch.Tensor], teacher: Any
-) -> Student:
+    model: Any, family: Family, recipe: Aligning, settings: Settings, state: Mapping[str, torch.Tensor], teacher: Any,
+    masks: Masks | None = None,
+) -> Student:  # fmt: skip
     """The student of stage 2 around the dense LLaVA that stage 1 started from; state: what stage 1 left.
 
-    teacher: the same dense model once more; None where nothing is aligned.
+    teacher: the same dense model once more; None where nothing is aligned. masks: weights that stay pruned.
     """
-    wrap(model, settings, None)
+    wrap(model, settings, None, masks)
     load_state(model, state)
     model.requires_grad_(False)
     chosen: Any = model

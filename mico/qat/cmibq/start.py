@@ -143,10 +143,18 @@ def _best(
 
 
 @torch.no_grad()
-def weight_steps(weight_RC: torch.Tensor, label_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale (R, G, K), squared error over the second moment (G, K)), every row of a group at its best step."""
+def weight_steps(
+    weight_RC: torch.Tensor, label_C: torch.Tensor, keep_RC: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale (R, G, K), squared error over the second moment (G, K)), every row of a group at its best step.
+
+    keep_RC: weights that are not pruned (None: all); the others need no step.
+    """
     groups = int(label_C.max()) + 1
-    parts = [[_best_steps(rows, label_C, groups, bits) for bits in BITS] for rows in weight_RC.float().split(CHUNK)]
+    kept_RC = torch.ones_like(weight_RC, dtype=torch.bool) if keep_RC is None else keep_RC.bool()
+    weight_RC = weight_RC * kept_RC
+    chunks = list(zip(weight_RC.float().split(CHUNK), kept_RC.split(CHUNK), strict=True))
+    parts = [[_best_steps(rows, kept, label_C, groups, bits) for bits in BITS] for rows, kept in chunks]
     scale_RGK = torch.cat([torch.stack([scale for scale, _ in part], -1) for part in parts])
     error_GK = torch.stack([torch.stack([error for _, error in part], -1) for part in parts]).sum(0)
     energy_G = _sums(weight_RC.float().square(), label_C, groups).sum(0).clamp_min(LEAST**2)
@@ -154,7 +162,7 @@ def weight_steps(weight_RC: torch.Tensor, label_C: torch.Tensor) -> tuple[torch.
 
 
 def _best_steps(
-    weight_RC: torch.Tensor, label_C: torch.Tensor, groups: int, bits: int
+    weight_RC: torch.Tensor, kept_RC: torch.Tensor, label_C: torch.Tensor, groups: int, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     half = (2.0**bits - 1) / 2
     zeros_RG = weight_RC.new_zeros(len(weight_RC), groups)
@@ -167,7 +175,7 @@ def _best_steps(
             tried_RG = (middle_RG * factor).clamp_min(LEAST)
             tried_RC = tried_RG.index_select(1, label_C)
             level_RC = ((weight_RC / tried_RC - 0.5).round_() + 0.5).clamp_(-half, half)
-            error_RG = _sums((level_RC * tried_RC - weight_RC).square_(), label_C, groups)
+            error_RG = _sums((level_RC * tried_RC - weight_RC).square_() * kept_RC, label_C, groups)
             better_RG = error_RG < least_RG
             best_RG, least_RG = torch.where(better_RG, tried_RG, best_RG), torch.where(better_RG, error_RG, least_RG)
     return best_RG, least_RG.sum(0)

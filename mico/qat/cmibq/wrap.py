@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,9 +26,10 @@ from mico.qat.cmibq.sites import MODALITIES, Site, find_sites
 from mico.qat.cmibq.start import Seen, activation_steps, weight_steps
 from mico.qat.cmibq.static import ActivationGrid
 from mico.qat.cmibq.widths import Widths
-from mico.qat.modules import put_module
+from mico.qat.modules import Mask, put_module
 
 LOGGED = dict(zip(MODALITIES, ("vision", "projector", "llm"), strict=True))
+Masks = Mapping[str, Mask]
 WARM = 0.2  # part of the training over which the weight of the rate rises to its full
 
 
@@ -184,12 +186,13 @@ def _grid(site: Site, quantizer: Quantizer) -> ActivationGrid:
 # --- a model --------------------------------------------------------------------------------------------------------
 
 
-def wrap(model: Any, settings: Settings, seen: Mapping[str, Seen] | None) -> CMIBQ:
+def wrap(model: Any, settings: Settings, seen: Mapping[str, Seen] | None, masks: Masks | None = None) -> CMIBQ:
     """Quantize a dense LLaVA in place; returns what is now `model.cmibq`.
 
     seen: of `start.observe`; None where a state dict is loaded next, as all steps then only have the right shapes.
-    Raises UserError where the model has no such sites.
+    masks: weights that stay pruned, by the names of their Linears. Raises UserError where the model has no such sites.
     """
+    masks = masks or {}
     sites = find_sites(model)
     inputs = [_input_quantizer(site, settings, seen) for site in sites]
     made = CMIBQ(settings, sites, [quantizer.to(model.device) for quantizer in inputs])
@@ -197,8 +200,9 @@ def wrap(model: Any, settings: Settings, seen: Mapping[str, Seen] | None) -> CMI
     for site, reader in zip(sites, made.readers, strict=True):
         for name in site.linears:
             linear: Any = model.get_submodule(name)
-            weights.append(_weight_quantizer(linear.weight, settings, seen is not None))
-            put_module(model, name, QuantLinear.of(linear, weights[-1], reader))
+            mask = masks.get(name)
+            weights.append(_weight_quantizer(linear.weight, settings, seen is not None, mask))
+            put_module(model, name, QuantLinear.of(linear, weights[-1], reader, mask))
     _add_widths(made, model, weights, seen)
     if settings.use_ib:
         for site in sites:
@@ -223,13 +227,13 @@ def _input_quantizer(site: Site, settings: Settings, seen: Mapping[str, Seen] | 
     return Quantizer(scale_GK[None], zero_GK[None], label_C, error_GK)
 
 
-def _weight_quantizer(weight_RC: torch.Tensor, settings: Settings, search: bool) -> Quantizer:
+def _weight_quantizer(weight_RC: torch.Tensor, settings: Settings, search: bool, mask: Mask | None) -> Quantizer:
     """Runs of columns as the packed form stores them for nothing, each with a width that all rows share."""
     rows, channels = weight_RC.shape
     label_C = equal_runs(channels, -(-channels // settings.weight_group)).to(weight_RC.device)
     groups = int(label_C.max()) + 1
     if search:
-        scale_RGK, error_GK = weight_steps(weight_RC, label_C)
+        scale_RGK, error_GK = weight_steps(weight_RC, label_C, None if mask is None else mask.keep_RC)
     else:
         scale_RGK, error_GK = (weight_RC.new_ones(*shape, dtype=torch.float32) for shape in
                                ((rows, groups, len(BITS)), (groups, len(BITS))))  # fmt: skip
@@ -245,9 +249,8 @@ def _add_widths(made: CMIBQ, model: Any, weights: Sequence[Quantizer], seen: Map
         rows_TC = torch.zeros(1, site.channels) if known is None else known.rows_TC
         of_inputs.append(_facts(rows_TC, quantizer.label_C.cpu(), sum(site.rows), tokens, site.modality))  # type: ignore
         for name in site.linears:
-            weight_RC = model.get_submodule(name).weight.detach()
-            label_C = weights[place].label_C
-            of_weights.append(_facts(weight_RC, label_C, len(weight_RC), tokens, site.modality))
+            linear = model.get_submodule(name)
+            of_weights.append(_weight_facts(linear, weights[place].label_C, tokens, site.modality))
             place += 1
     act, weight = (_joined(parts) for parts in (of_inputs, of_weights))
     settings = made.settings
@@ -266,6 +269,16 @@ def _facts(values_NC: torch.Tensor, label_C: torch.Tensor, rows: int, tokens: fl
     params_G = torch.bincount(label_C, minlength=groups).cpu().float() * rows
     modality_G = torch.full((groups,), MODALITIES.index(modality))
     return GroupFacts(variance_G, peak_G, params_G, params_G * tokens, modality_G)
+
+
+def _weight_facts(linear: QuantLinear, label_C: torch.Tensor, tokens: float, modality: str) -> GroupFacts:
+    """Facts of the groups of a weight; pruned ones do not count."""
+    weight_RC = linear.weight.detach()
+    facts = _facts(weight_RC, label_C, len(weight_RC), tokens, modality)
+    if linear.keep_RC is None:
+        return facts
+    kept_C = linear.keep_RC.sum(0).cpu().float()
+    return replace(facts, params_I=torch.zeros_like(facts.params_I).index_add_(0, label_C.cpu(), kept_C))
 
 
 def _joined(parts: Sequence[GroupFacts]) -> GroupFacts:
