@@ -35,7 +35,7 @@ def write_suites(folder: Path, pictures: int = PICTURES, seed: int = 0) -> None:
     for category, background in CATEGORIES.items():
         _write_mme(folder / "mme" / category, pictures, seed, background)
     _write_pope(folder / "pope", pictures, seed)
-    _write_instruct(folder / "instruct", pictures, seed)
+    write_instruct(folder / "instruct", pictures, seed)
 
 
 def _write_mme(folder: Path, pictures: int, seed: int, background: str) -> None:
@@ -67,7 +67,8 @@ def _write_pope(folder: Path, pictures: int, seed: int) -> None:
         (folder / f"coco_pope_{split}.json").write_text(written, encoding="utf-8")
 
 
-def _write_instruct(folder: Path, pictures: int, seed: int) -> None:
+def write_instruct(folder: Path, pictures: int, seed: int) -> None:
+    """`pairs.json` in LLaVA-Instruct's layout with the pictures beside it, eight questions about each."""
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for number, example in enumerate(examples("train", pictures, seed)):

@@ -1,0 +1,61 @@
+"""Peak memory of CM-IBQ by parameter and by token, and what it makes of LLaVA-1.5.
+
+    python -m benchmarks.training_memory FOLDER
+
+Both stages are run for two steps on LLaVAs with random weights, of two depths and with two batch sizes, each in a
+process of its own, with gradient checkpointing. Differences between the peaks give bytes a parameter and bytes a token
+of a batch; what the program itself takes drops out. The last rows are sums of these bytes, not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.make_llava import make_llava
+from mico.files import read_json
+from mico.metrics.vision.grid_files import write_instruct
+
+DEPTHS, BATCHES = (2, 14), (2, 4)
+SHAPE = dict(hidden=1024, ffn=2752, heads=8, vision_layers=3, vision_hidden=256, vision_ffn=1024, vision_heads=4)
+TOKENS, WIDTH = 600, 1024  # of a sample: 576 visual ones and a short question
+LLAVA = {"llava-1.5-7b": (7.06e9, 32, 4096), "llava-1.5-13b": (13.35e9, 40, 5120)}  # parameters, layers, channels
+OPTIONS = ("--max-steps", "2", "--save-steps", "1000", "--gradient-checkpointing", "--device", "cpu", "--quiet")
+
+
+def peak(folder: Path, stage: int, depth: int, batch: int) -> int:
+    """Bytes of the process at the end of the training, at their most."""
+    source = folder / f"depth{depth}" if stage == 1 else folder / f"stage1-depth{depth}-batch{batch}"
+    run, pairs = folder / f"stage{stage}-depth{depth}-batch{batch}", folder / "pairs"
+    options = ["--train-file", str(pairs / "pairs.json"), "--image-folder", str(pairs), "--eval-share", "0.1"]
+    options += ["--method", "cmibq", "--stage", str(stage), "--per-device-train-batch-size", str(batch), *OPTIONS]
+    subprocess.run([sys.executable, "-m", "mico", "finetune", str(source), *options, "--save", str(run)], check=True)
+    return int(read_json(run / "report.json")["stage_peaks"]["train"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="for models and runs, about 10 GB")
+    folder = parser.parse_args().folder
+    write_instruct(folder / "pairs", 2, 0)
+    parameters = {depth: make_llava(folder / f"depth{depth}", depth, **SHAPE) / 2 for depth in DEPTHS}  # bfloat16
+    few, many = DEPTHS
+    print("| | " + " | ".join(["bytes a parameter", "bytes a token, layer and channel", *LLAVA]) + " |")
+    print("|" + "---|" * (3 + len(LLAVA)))
+    for stage in (1, 2):
+        peaks = {(depth, batch): peak(folder, stage, depth, batch) for depth in DEPTHS for batch in BATCHES}
+        single, several = BATCHES
+        each = (peaks[many, single] - peaks[few, single]) / (parameters[many] - parameters[few])
+        tokens = (several - single) * TOKENS
+        grown = [peaks[depth, several] - peaks[depth, single] for depth in DEPTHS]
+        deep = (grown[1] - grown[0]) / (tokens * (many - few) * WIDTH)
+        sums = [f"{each * size / 1e9:.0f} GB + {deep * TOKENS * layers * width / 1e9:.2f} GB a sample"
+                for size, layers, width in LLAVA.values()]  # fmt: skip
+        print(f"| stage {stage} | {each:.1f} | {deep:.1f} | " + " | ".join(sums) + " |", flush=True)
+        print({key: round(value / 1e9, 3) for key, value in peaks.items()}, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
