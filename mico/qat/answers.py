@@ -140,7 +140,13 @@ def read_answers(
         samples = tuple(sample for sample in samples if id(sample) not in out)
     for part, source in ((samples, train), (held, sources[-1])):
         if all(sample.picture is None for sample in part):
-            raise UserError(f"{source.origin}: no picture in it, so no visual token to prune: give image-text data")
+            if all(sample.picture is None for sample in source.samples):
+                raise UserError(f"{source.origin}: no picture in it: give image-text data")
+            use = "held out" if part is held else "left to train on"
+            raise UserError(
+                f"{source.origin}: none of the {len(part):,} conversations {use} is about a picture: change "
+                f"--eval-share {eval_share:g} or --seed {seed}, or give --eval-file"
+            )
     return ImageText(Answers(samples, processor, limit), Answers(held, processor, limit), sources)
 
 
