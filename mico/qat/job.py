@@ -99,7 +99,8 @@ def place_of(request: Request, training: Training) -> torch.device:
     chosen = pick_device(request.device)
     if chosen.type != "cuda":
         return chosen
-    return torch.device("cpu") if training.parted else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu") if training.loaded_apart else own
 
 
 def check_room(

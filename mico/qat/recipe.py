@@ -100,6 +100,11 @@ class Training:
         launched = [os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() for name in ("DEEPSPEED", "FSDP")]
         return self.deepspeed is not None or self.fsdp is not None or "true" in launched
 
+    @property
+    def loaded_apart(self) -> bool:
+        """Whether no process takes the whole model to its GPU, which is then read in the memory of the host."""
+        return self.parted
+
     def steps(self, windows: int) -> int:
         """Optimizer steps over `windows` training windows."""
         batch = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ from mico.settings import choose
 
 ALLOCATIONS = ("learned", "uniform", "knapsack")
 GROUP = 128  # columns of a weight that share a scale a row, and a width
+
+
+def _launched(name: str) -> bool:
+    """Whether `accelerate launch` asks for it."""
+    return os.environ.get(f"ACCELERATE_{name}", "false").lower() == "true"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,22 +40,32 @@ class Quantizing(Training):
         self._must_be("scale_learning_rate", lambda value: 0 < value < math.inf, "above 0")
         self._must_be("ib_weight", lambda value: 0 <= value < math.inf, "0 or more")
         zero, half = self._deepspeed()
-        if self.fsdp is not None or zero == 3:
+        if self.fsdp is not None or _launched("USE_FSDP") or zero == 3:
             raise UserError(
                 "--method cmibq needs whole weights in every process, to quantize them: leave --fsdp out, and choose "
                 "zero_optimization stage 1 or 2 for --deepspeed"
             )
         if half:
             raise UserError(
-                f"--deepspeed {self.deepspeed}: {half} would hold the steps of the quantizers in 16 bits, too few to "
-                "learn in: choose torch_autocast in its place, as pipelines/deepspeed/zero2.json does"
+                f"--deepspeed {self.deepspeed or 'of accelerate'}: {half} would hold the steps of the quantizers in 16 "
+                "bits, too few to learn in: choose torch_autocast in its place, as pipelines/deepspeed/zero2.json does"
             )
+
+    @property
+    def loaded_apart(self) -> bool:
+        """Never: ZeRO 1 and 2 share gradients and moments alone. The CPU would take hours over what is measured."""
+        return False
 
     def _deepspeed(self) -> tuple[int, str | None]:
         """Stage of ZeRO that a DeepSpeed configuration asks for, and which 16-bit format it holds parameters in."""
-        if self.deepspeed is None:
+        file = self.deepspeed
+        if file is None and _launched("USE_DEEPSPEED"):
+            file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+            if file == "none":
+                return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")), None
+        if file is None:
             return 0, None
-        asked: dict[str, Any] = read_json(Path(self.deepspeed), "give a DeepSpeed configuration as JSON")
+        asked: dict[str, Any] = read_json(Path(file), "give a DeepSpeed configuration as JSON")
         parts = {name: asked.get(name) for name in ("zero_optimization", "bf16", "fp16")}
         known = {name: part if isinstance(part, dict) else {} for name, part in parts.items()}
         on = {True, "auto"} if self.bf16 else {True}
