@@ -444,7 +444,9 @@ def packed(written: Any) -> dict[str, Any]:
     return {name: one.quantized() for name, one in written.named_modules() if isinstance(one, PackedLinear)}
 
 
-def test_what_cannot_be_trained_is_refused(model: Path, first: Path, pairs: dict[str, str], tmp_path: Path) -> None:
+def test_what_cannot_be_trained_is_refused(
+    model: Path, first: Path, second: Path, pairs: dict[str, str], tmp_path: Path
+) -> None:
     zero3 = tmp_path / "zero3.json"
     zero3.write_text(json.dumps(dict(zero_optimization=dict(stage=3))))
     cases: list[tuple[Path | str, dict[str, Any], str]] = [
@@ -456,6 +458,7 @@ def test_what_cannot_be_trained_is_refused(model: Path, first: Path, pairs: dict
         (model, FIRST | dict(bits_allocation="uniform"), "--target-bits-act 4.5: .* uniform choose from 2, 3, 4"),
         (model, FIRST | dict(fsdp="full_shard"), "needs whole weights in every process"),
         (first, SECOND | dict(per_device_train_batch_size=1), "one pair is alone"),
+        (second, SECOND, r"is a run of another kind \(cmibq --stage 2\): give the folder"),
         (model, SECOND, "does not exist: give the folder of a run of mico finetune --method cmibq --stage 1"),
         (model, FIRST | dict(learning_rate=1e30, max_grad_norm=0.0), r"step \d: the loss is (nan|inf): lower"),
         (first, FIRST, "was made by it: give the model that its stage 1 started from"),

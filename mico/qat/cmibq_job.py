@@ -34,7 +34,7 @@ from mico.qat.answers import GRIDS, ImageText, read_answers
 from mico.qat.cmibq.recipe import STAGES, Aligning, Quantizing, Shaping
 from mico.qat.cmibq.save import read_state, save_quantized
 from mico.qat.cmibq.settings import Settings
-from mico.qat.cmibq.stages import aligned, harden, merged, shaped
+from mico.qat.cmibq.stages import CHECKPOINTING, aligned, harden, merged, shaped
 from mico.qat.cmibq.student import Student
 from mico.qat.cmibq.told import cmibq_sections, quality, write_page
 from mico.qat.job import Request, Results, check_room, fit, place_of, write_results
@@ -73,7 +73,8 @@ class Shaped:
         report = read_json(folder / REPORT)
         told = report.get("settings", {})
         if told.get("method") != "cmibq" or told.get("stage") != 1:
-            raise UserError(f"--stage 2: {name} is a run of another kind ({told.get('method')}): {ask}")
+            kind = " --stage ".join(str(told[part]) for part in ("method", "stage") if part in told)
+            raise UserError(f"--stage 2: {name} is a run of another kind ({kind}): {ask}")
         return cls(folder, report, Settings(**report["quantization"]["settings"]))
 
 
@@ -244,7 +245,7 @@ class Bottleneck:
         arguments = recipe.arguments(folder / TRAINING, hidden, on_cpu)
         arguments.ddp_find_unused_parameters = not student.cmibq.fixed  # no width is learned any more in the last part
         arguments.ddp_broadcast_buffers = False  # each process measures for itself, and CMIBQ.advance takes the mean
-        arguments.gradient_checkpointing_kwargs = dict(use_reentrant=False)  # the other kind hides inputs from the rate
+        arguments.gradient_checkpointing_kwargs = CHECKPOINTING
         trainer = BottleneckTrainer(
             model=student, args=arguments, train_dataset=self.data.train, eval_dataset=self.data.held,
             data_collator=self.data.train.batch, scale_learning_rate=recipe.scale_learning_rate,

@@ -1,4 +1,4 @@
-"""Shares of widths over a training: their temperature, the averages they give, and the price that keeps to a target.
+"""Shares of widths while they are learned: their temperature, their averages, and the price that keeps to a target.
 
 Suffixes: I groups of all sites, K widths.
 """
@@ -18,7 +18,8 @@ HOT, COLD = 2.0, 0.2  # temperature at the start, and where the mixture ends
 
 
 def temperature(progress: float, hard_share: float = 0.3) -> float:
-    """tau after this part (0 to 1) of a training: geometric from HOT to COLD while widths are mixed, then COLD.
+    """tau after this part (0 to 1) of the steps in which widths are learned: geometric from HOT to COLD while they are
+    mixed, then COLD.
 
     At COLD the mixture is nearly one width, so that little changes when only that one is taken.
     """

@@ -8,7 +8,7 @@ K widths, I groups of all sites.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import distributed, nn
@@ -64,6 +64,13 @@ def average_over_ranks(meters: Sequence[Meter]) -> None:
         part.copy_(values.view_as(part))
     for meter in meters:
         meter.batches.clamp_min_(1)  # it knows what the others have seen
+
+
+def share_first(tensors: Iterable[torch.Tensor]) -> None:
+    """Give all processes those of the first, in place: what GPUs add up in an order of their own may differ."""
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        for tensor in tensors:
+            distributed.broadcast(tensor, 0)
 
 
 def normalized(importance_I: torch.Tensor, modality_I: torch.Tensor) -> torch.Tensor:

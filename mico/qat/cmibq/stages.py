@@ -23,6 +23,7 @@ CALIBRATION = 128  # answers that steps start from
 MEASURED = 512  # answers by which widths are chosen for good
 TOGETHER = 4  # of them in a batch, whatever the batch of the training is: its size shall not decide
 SURE = 100.0  # a logit that leaves the other widths no share
+CHECKPOINTING = dict(use_reentrant=False)  # of gradients; the other kind hides inputs from the rate
 
 Batch = dict[str, torch.Tensor]
 
@@ -56,6 +57,8 @@ def shaped(model: Any, recipe: Shaping, answers: Answers, masks: Masks | None = 
         raise UserError(str(error)) from None
     freeze_unread(model)
     student = Student(model)
+    if recipe.gradient_checkpointing:  # as Trainer will, which comes after the dense model is measured
+        student.gradient_checkpointing_enable(CHECKPOINTING)
     if recipe.bits_allocation == "uniform":
         for kind in cmibq.kinds:
             kind.fix(torch.full_like(kind.chosen_I, BITS.index(int(kind.price.target))))
@@ -83,16 +86,17 @@ def freeze_unread(model: Any) -> None:
 
 
 def measure(student: Student, batches: Iterable[Batch]) -> None:
-    """What every width loses by these batches, forward and backward without a step.
+    """What every width loses by these batches, forward and backward without a step; widths are not chosen yet.
 
     Losses are summed, so that an answer counts alike in whatever batch it comes.
     """
     student.train()
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    # Every quantizer's backward pass leads to these; gradients of all weights would be as large as the weights.
+    logits = [kind.allocator.residual for kind in student.cmibq.kinds]
     with torch.enable_grad(), student.cmibq.measuring():
         for batch in batches:
             # not backward(), which DistributedDataParallel and DeepSpeed would take for a step
-            torch.autograd.grad(student(**_placed(batch, student.llava.device))[NLL], trained, allow_unused=True)
+            torch.autograd.grad(student(**_placed(batch, student.llava.device))[NLL], logits)
 
 
 def harden(student: Student, answers: Answers) -> None:

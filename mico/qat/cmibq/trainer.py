@@ -13,8 +13,10 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from mico.errors import UserError
+from mico.qat.cmibq.importance import share_first
+from mico.qat.cmibq.quantizer import Quantizer
 from mico.qat.cmibq.student import NLL, TOKENS, Student
-from mico.qat.cmibq.wrap import parameter_groups
+from mico.qat.cmibq.wrap import CMIBQ, parameter_groups
 
 WEIGHTS = "model.safetensors"  # of a checkpoint, as Trainer reads it
 LEARNING = ("/temperature", "_lambda")  # figures that mean nothing once widths are chosen
@@ -150,6 +152,15 @@ class _Steps(TrainerCallback):
     @property
     def _student(self) -> Student:
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """All processes go on from the same widths and measurements; parameters are shared by what wraps the model."""
+        share_first(
+            buffer
+            for module in self._student.modules()
+            if isinstance(module, CMIBQ | Quantizer)
+            for buffer in module.buffers()
+        )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """While the gradients are there."""

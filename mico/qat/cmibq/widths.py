@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from mico.errors import UserError
 from mico.qat.cmibq.allocator import Allocator, GroupFacts, features
 from mico.qat.cmibq.bits import HOT, Price, average_bits, averages_by_modality, one_width, shares
 from mico.qat.cmibq.importance import normalized
@@ -87,12 +88,19 @@ class Widths(nn.Module):
 
     def distortion(self, use_importance: bool) -> torch.Tensor:
         """What every width loses, (I, K): as measured in backward passes; without importance the relative squared
-        error where calibration saw it, by cost. Raises ValueError before anything was measured."""
+        error where calibration saw it, by cost. Raises ValueError before anything was measured, UserError where a
+        gradient was infinite or no number."""
         if not use_importance:
             return torch.cat([quantizer.error_GK for quantizer in self.quantizers]) * self.cost_I[:, None]
         if not all(int(quantizer.meter.batches) for quantizer in self.quantizers):
             raise ValueError("no backward pass has measured what the widths lose: train before widths are chosen")
-        return torch.cat([quantizer.meter.distortion_GK for quantizer in self.quantizers])
+        found_IK = torch.cat([quantizer.meter.distortion_GK for quantizer in self.quantizers])
+        if not bool(found_IK.isfinite().all()):
+            raise UserError(
+                f"{self.option} {self.price.target:g}: widths cannot be chosen, gradients are infinite or no number: "
+                "lower --learning-rate"
+            )
+        return found_IK
 
     @torch.no_grad()
     def begin(self, use_importance: bool) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from mico.packed.quantized import QuantizedWeight, equal_runs
 from mico.qat.cmibq.allocator import GroupFacts
 from mico.qat.cmibq.bits import temperature
-from mico.qat.cmibq.importance import average_over_ranks
+from mico.qat.cmibq.importance import average_over_ranks, share_first
 from mico.qat.cmibq.levels import BITS, runs
 from mico.qat.cmibq.quantizer import Quantizer, QuantLinear, SharedInput
 from mico.qat.cmibq.rate import LogisticPrior, rate
@@ -153,6 +153,7 @@ class CMIBQ(nn.Module):
         average_over_ranks([quantizer.meter for kind in self.kinds for quantizer in kind.quantizers])
         for kind in self.kinds:
             kind.harden(self.settings.use_importance, self.settings.preference)
+        share_first(kind.chosen_I for kind in self.kinds)
 
     def metrics(self) -> dict[str, float]:
         """What is logged of the last forward and backward pass: average widths by modality, prices, temperature, and

@@ -14,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mico.qat.cmibq.importance import Meter, average_over_ranks
 from mico.qat.cmibq.losses import LARGEST, Alignment, keys, pooled, text_keys
+from mico.qat.cmibq.wrap import wrap
+from tests.qat.cmibq.making import dense, settings
 
 
 def pairs(count: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -159,6 +161,13 @@ def _process(rank: int, folder: str) -> None:
     for number, meter in enumerate(meters):
         meter(torch.full((2, 3), rank + 1.0), torch.ones(2, 3), torch.full((1, 2), number + 10.0 * rank))
     average_over_ranks(meters)
+    model_of_rank = dense()
+    cmibq = wrap(model_of_rank, settings(use_importance=False), None)
+    for kind in cmibq.kinds:
+        for quantizer in kind.quantizers:
+            quantizer.error_GK.uniform_(generator=torch.Generator().manual_seed(rank))
+    cmibq.harden()
+    torch.save([kind.chosen_I for kind in cmibq.kinds], f"{folder}/{rank}-widths.pt")
     measured = torch.stack([torch.cat([m.importance_G, m.distortion_GK[0]]) for m in meters])
     torch.save((tuple(found), gradients, measured), f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
@@ -173,5 +182,7 @@ def test_two_processes_equal_one_with_both_batches(tmp_path: Path) -> None:
         found, gradients, measured = torch.load(tmp_path / f"{rank}.pt")
         assert measured.tolist() == [[2.5, 5.0, 5.0], [2.5, 6.0, 6.0]]  # means over both
         torch.testing.assert_close(found, tuple(part.detach() for part in wanted), rtol=1e-5, atol=1e-6)
+        chosen = [torch.load(tmp_path / f"{rank}-widths.pt") for rank in range(2)]
+        assert all(torch.equal(*pair) for pair in zip(*chosen, strict=True))  # though errors were not the same
         for name, parameter in single.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)

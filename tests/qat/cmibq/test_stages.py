@@ -1,0 +1,131 @@
+"""What comes before the training: memory of what is measured, where a model lies, what several processes share."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mico.errors import UserError
+from mico.qat import job
+from mico.qat.answers import read_answers
+from mico.qat.cmibq import stages, trainer
+from mico.qat.cmibq.recipe import Shaping
+from mico.qat.cmibq.student import NLL, Student
+from mico.qat.cmibq.wrap import wrap
+from tests.pictures import encoded, picture
+from tests.qat.cmibq.making import batch, dense, made
+
+
+class Rows:
+    """Four answers."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def batch(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        return batch(0, len(rows))
+
+
+def measured(student: Student) -> torch.Tensor:
+    return torch.cat([kind.distortion(True).flatten() for kind in student.cmibq.kinds])
+
+
+@pytest.mark.parametrize("progress", [0.1, 0.9])
+def test_measuring_holds_no_gradients_of_weights(progress: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cmibq = made()
+    cmibq.progress, student, sizes, real = progress, Student(model), [], torch.autograd.grad
+
+    def spy(*args: Any, **more: Any) -> Any:
+        found = real(*args, **more)
+        sizes.append(sum(gradient.numel() for gradient in found))
+        return found
+
+    monkeypatch.setattr(torch.autograd, "grad", spy)
+    stages.measure(student, [batch(0), batch(1)])
+    found = measured(student)
+    assert sizes == [sum(kind.allocator.residual.numel() for kind in cmibq.kinds)] * 2
+    assert all(parameter.grad is None for parameter in student.parameters())
+    with cmibq.measuring():
+        for seed in range(2):
+            student(**batch(seed))[NLL].backward()
+    assert found.min() > 0 and torch.equal(measured(student), found)
+
+
+def test_the_dense_model_is_measured_with_gradient_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reached(Exception):
+        pass
+
+    def measure(student: Student, batches: Any) -> None:
+        raise Reached(str(student.llava.is_gradient_checkpointing))
+
+    monkeypatch.setattr(stages, "measure", measure)
+    monkeypatch.setattr(stages, "wrap", lambda model, settings, *rest: wrap(model, settings, None))
+    for asked in (True, False):
+        with pytest.raises(Reached, match=str(asked)):
+            stages.shaped(dense(), Shaping(gradient_checkpointing=asked, group_size=16), Rows())  # type: ignore[arg-type]
+
+
+def test_zero_1_and_2_have_the_model_on_their_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # of DeepSpeed
+    config = tmp_path / "zero.json"
+    config.write_text(json.dumps(dict(zero_optimization=dict(stage=2))))
+    request: Any = SimpleNamespace(device=None)
+    assert job.place_of(request, Shaping(deepspeed=str(config))) == torch.device("cuda", 0)
+    config.write_text(json.dumps(dict(zero_optimization=dict(stage=3))))
+    launches = [
+        dict(USE_FSDP="true"), dict(USE_DEEPSPEED="true", DEEPSPEED_ZERO_STAGE="3"),
+        dict(USE_DEEPSPEED="true", DEEPSPEED_CONFIG_FILE=str(config)),
+    ]  # fmt: skip
+    for launch in launches:
+        with monkeypatch.context() as patch:
+            for name, value in launch.items():
+                patch.setenv(f"ACCELERATE_{name}", value)
+            with pytest.raises(UserError, match="needs whole weights in every process"):
+                Shaping()
+
+
+def test_processes_begin_with_what_the_first_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared: list[torch.Tensor] = []
+    monkeypatch.setattr(trainer, "share_first", shared.extend)
+    model = dense()
+    cmibq = wrap(model, Shaping(group_size=16).settings(), None)
+    fake: Any = SimpleNamespace(model=Student(model), accelerator=SimpleNamespace(unwrap_model=lambda one: one))
+    trainer._Steps(fake).on_train_begin(None, None, None)
+    given = {id(tensor) for tensor in shared}
+    for kind in cmibq.kinds:
+        parts = [kind.chosen_I, *(quantizer.error_GK for quantizer in kind.quantizers)]
+        assert {id(tensor) for tensor in parts} <= given
+
+
+def test_gradients_that_are_no_numbers_choose_no_widths() -> None:
+    _, cmibq = made()
+    for kind in cmibq.kinds:
+        for quantizer in kind.quantizers:
+            quantizer.meter.batches.fill_(1)
+            quantizer.meter.distortion_GK.fill_(1.0)
+    cmibq.weights.quantizers[0].meter.distortion_GK.fill_(torch.nan)
+    with pytest.raises(UserError, match="--target-bits-weight 4: widths cannot be chosen, gradients are infinite"):
+        cmibq.harden()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_part_of_the_data_without_pictures_is_named(tmp_path: Path, seed: int) -> None:
+    said = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    seen = [{"from": "human", "value": "<image>\nWhat?"}, said[1]]
+    (tmp_path / "pairs.json").write_text(
+        json.dumps([dict(conversations=said), dict(image="a.png", conversations=seen)])
+    )
+    (tmp_path / "a.png").write_bytes(encoded(picture(0)))
+    options: dict[str, Any] = dict(train_file=str(tmp_path / "pairs.json"), image_folder=str(tmp_path), seed=seed)
+    with pytest.raises(UserError, match=r"none of the 1 conversations (held out|left to train on) is about a picture"):
+        read_answers(None, 100, eval_share=0.5, **options)
