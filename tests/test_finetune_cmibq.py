@@ -18,9 +18,11 @@ from torch.nn import functional
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
 import mico
+from mico.checkpoint import MANIFEST
 from mico.errors import UserError
 from mico.files import sha256_file
 from mico.finetune import sections
+from mico.loading import fingerprint
 from mico.packed.linear import PackedLinear
 from mico.tables import markdown
 from tests.pictures import encoded, instruct, llava_folder, picture
@@ -187,7 +189,7 @@ def test_what_is_written_really_quantizes_activations(first: Path, monkeypatch: 
 
 
 def test_the_report_tells_answers_and_widths(
-    first: Path, second: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, first: Path, second: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = json.loads((first / "report.json").read_text())
     text = markdown(sections(report))
@@ -195,6 +197,9 @@ def test_the_report_tells_answers_and_widths(
     assert "| activations | 4.500 | " in text and "answers of the data are about no picture" in text
     assert 'id="widths-title"' in (first / "report.html").read_text()
     assert "## Answers" in (first / "model" / "README.md").read_text()
+    manifest = json.loads((first / "model" / MANIFEST).read_text())  # which `mico eval` reads
+    assert manifest["activation_bits"] == report["quantization"]["averages"]["activations"] > 4.4
+    assert report["identity"]["model"] == fingerprint(model)  # beside a compression of it: of one model
     mico.report(str(first), figures=str(tmp_path))
     assert "Widths by site" in capsys.readouterr().out and (tmp_path / "widths.png").is_file()
     mico.report([str(first), str(second)])

@@ -201,6 +201,7 @@ class Bottleneck:
         card = f"{model_card(report)}\n#{markdown([quality(report)])}"
         atomic_write(run.path / MODEL / "README.md", card.encode())
         facts = {name: report["size"][name] for name in ("true_bits", "nominal_bits", "sparsity", "stored_bits")}
+        facts |= dict(activation_bits=bits["file"]["activations"])
         write_manifest(run.path / MODEL, dict(base_model=self.base, settings=report["settings"], **facts))
         run.finish(report)
         return report
@@ -285,7 +286,8 @@ class Bottleneck:
         return dict(
             model=base, arm=self._arm(size["sparsity"]), architecture=architecture, settings=settings,
             calibration=self.data.describe(),
-            identity=dict(seed=self.recipe.seed), protocol=PROTOCOLS[0], dense={}, compressed={}, training=results,
+            identity=dict(seed=self.recipe.seed, model=quantization["fingerprint"]), protocol=PROTOCOLS[0],
+            dense={}, compressed={}, training=results,
             answers=answers, quantization=quantization, bit_map=bits, left_out=self.blind,
             rows_cut=len(self.data.train.cut) + len(self.data.held.cut),
             size=size, layers=layers, groups=[], fallbacks=[],
