@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from scipy.stats import ttest_rel
 
+from mico.checkpoint import set_execution
 from mico.files import read_json
 from mico.loading import load_model, load_processor
 from mico.qat.answers import Answers, grid_pairs
@@ -77,7 +78,8 @@ def main() -> None:
             arms["dense"] = {-1: scores(dense, processor, given.pictures, given.seed)}
         name, seed = report["arm"], report["identity"]["seed"]
         facts[name] = report["quantization"]["averages"] | dict(true=report["size"]["true_bits"])
-        model = load_model(str(run / "model"), device="cpu", dtype="float32", stream=False).model
+        model = load_model(str(run / "model"), device="cpu", dtype="float32", packed=True, stream=False).model
+        set_execution(model, "dense")
         arms[name][seed] = scores(model, processor, given.pictures, given.seed)
         print(f"{run}: {name}, seed {seed}: nll {arms[name][seed][:, 0].mean():.4f}", flush=True)
     if lost := [name for name in given.against if name not in arms]:

@@ -96,7 +96,7 @@ UseIb = Annotated[
 ]  # fmt: skip
 IbWeight = Annotated[
     float | None,
-    _option(_WIDTHS, "--ib-weight", help="Beta, of the rate.", show_default="0.01; 0.001 in stage 2"),
+    _option(_WIDTHS, "--ib-weight", help="Beta, of the rate.", show_default="0.01; in stage 2 that of stage 1"),
 ]
 UseImportance = Annotated[
     bool | None,

@@ -89,7 +89,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 def test_stage_1_moves_widths_cools_down_and_settles(first: Path) -> None:
     log = history(first)
-    learning, settled = log[:3], log[3:]
+    learning, settled = log[:4], log[4:]
     for short, target in (("act", 4.5), ("weight", 4.0)):
         bits = [entry[f"quantization/{short}_avg_bits"] for entry in learning]
         assert bits[0] == pytest.approx(target, abs=1e-3) and max(bits) - min(bits) > 0.01
@@ -414,7 +414,9 @@ def test_ablations_leave_their_parts_out(model: Path, first: Path, pairs: dict[s
     train(model, pairs, tmp_path / "a", FIRST, use_ib=False, use_importance=False, **short)
     assert "loss_rate" not in history(tmp_path / "a")[0]
     train(first, pairs, tmp_path / "b", SECOND, use_align=False, use_lora=False, **short)
-    assert "alignment_loss" not in history(tmp_path / "b")[0]
+    assert "alignment_loss" not in history(tmp_path / "b")[0] and history(tmp_path / "b")[0]["loss_rate"] > 0
+    train(first, pairs, tmp_path / "c", SECOND, ib_weight=0.0, **short)
+    assert history(tmp_path / "c")[0]["loss_rate"] == 0
     state = load_file(tmp_path / "b" / "training" / "checkpoint-1" / "model.safetensors")
     assert not any("lora" in name for name in state)
     assert any("language_model" in name and name.endswith("q_proj.weight") for name in state)

@@ -29,16 +29,16 @@ class Quantizing(Training):
     """Options of both stages.
 
     scale_learning_rate: of steps, zero points, priors and the heads of the alignment loss. ib_weight: beta, of the rate
-    in the loss.
+    in the loss; None: 0.01, in stage 2 that of stage 1.
     """
 
     scale_learning_rate: float = 1e-3
-    ib_weight: float = 1e-2
+    ib_weight: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._must_be("scale_learning_rate", lambda value: 0 < value < math.inf, "above 0")
-        self._must_be("ib_weight", lambda value: 0 <= value < math.inf, "0 or more")
+        self._must_be("ib_weight", lambda value: value is None or 0 <= value < math.inf, "0 or more")
         zero, half = self._deepspeed()
         if self.fsdp is not None or _launched("USE_FSDP") or zero == 3:
             raise UserError(
@@ -107,9 +107,10 @@ class Shaping(Quantizing):
 
     def settings(self) -> Settings:
         learned = self.bits_allocation == "learned"
+        weight = Settings.ib_weight if self.ib_weight is None else self.ib_weight
         return Settings(
             target_bits_act=self.target_bits_act, target_bits_weight=self.target_bits_weight,
-            num_groups=self.num_groups, weight_group=self.group_size, ib_weight=self.ib_weight, seed=self.seed,
+            num_groups=self.num_groups, weight_group=self.group_size, ib_weight=weight, seed=self.seed,
             use_ib=learned if self.use_ib is None else self.use_ib, use_importance=self.use_importance,
             preference=Settings.preference if learned else 0.0,
         )  # fmt: skip
@@ -123,7 +124,6 @@ class Aligning(Quantizing):
     """
 
     num_train_epochs: float = 2.0
-    ib_weight: float = 1e-3
     use_align: bool = True
     align_weight: float = 0.3
     use_lora: bool = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,7 +64,8 @@ def shaped(model: Any, recipe: Shaping, answers: Answers, masks: Masks | None = 
         for kind in cmibq.kinds:
             kind.fix(torch.full_like(kind.chosen_I, BITS.index(int(kind.price.target))))
     else:
-        _measure_dense(student, batches)
+        if recipe.use_importance:
+            _measure_dense(student, batches)
         if recipe.bits_allocation == "knapsack":
             cmibq.harden()
     if recipe.bits_allocation == "learned":
@@ -104,7 +106,8 @@ def harden(student: Student, answers: Answers) -> None:
     rank, world = 0, 1
     if distributed.is_available() and distributed.is_initialized():
         rank, world = distributed.get_rank(), distributed.get_world_size()
-    measure(student, spaced_batches(answers, MEASURED, rank, world))
+    if student.cmibq.settings.use_importance:
+        measure(student, spaced_batches(answers, MEASURED, rank, world))
     student.cmibq.harden()
 
 
@@ -133,6 +136,8 @@ def aligned(
 
     teacher: the same dense model once more; None where nothing is aligned. masks: weights that stay pruned.
     """
+    if recipe.ib_weight is not None:
+        settings = replace(settings, ib_weight=recipe.ib_weight)
     wrap(model, settings, None, masks)
     load_state(model, state)
     model.requires_grad_(False)

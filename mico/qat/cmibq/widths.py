@@ -104,9 +104,13 @@ class Widths(nn.Module):
 
     @torch.no_grad()
     def begin(self, use_importance: bool) -> None:
-        """Logits from what was measured of the dense model, for widths to be learned from there."""
+        """Logits from what was measured of the dense model, for widths to be learned from there.
+
+        Raises UserError where the target cannot be met in the end: before anything is trained.
+        """
         self.refresh(use_importance)
         loss_IK = objective(self.distortion(use_importance), self.price.target)
+        choose_widths(loss_IK, self.cost_I, self.price.target, self.option)
         self.allocator.residual.copy_(softened(loss_IK, self.cost_I, self.price.target, HOT))
 
     @torch.no_grad()

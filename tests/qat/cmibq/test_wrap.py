@@ -219,6 +219,14 @@ def test_metrics_have_their_names_and_the_rate_warms_up() -> None:
     assert set(bare.penalty()) == {"act_bits", "weight_bits"} and not len(bare.priors)
 
 
+def test_a_target_that_cannot_be_met_is_refused_before_the_training() -> None:
+    _, cmibq = made(trained=False, use_importance=False, target_bits_act=4.5)
+    cmibq.activations.begin(False)
+    cmibq.activations.cost_I[0] = 1e9  # one group is nearly all: 4 bits or 5
+    with pytest.raises(UserError, match=r"--target-bits-act 4\.5: no choice"):
+        cmibq.activations.begin(False)
+
+
 def test_without_importance_widths_follow_relative_errors() -> None:
     _, cmibq = made(trained=False, use_importance=False)
     cmibq.harden()
