@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mico.costs import costs
+from mico.files import fingerprint
 
 FINGERPRINT_DIGITS = 8
 VERSIONS = ("mico", "torch", "transformers")  # other versions may compute something else: runs of them make other arms
@@ -89,6 +90,7 @@ def differing(all_options: Sequence[dict[str, Any]]) -> list[str]:
 
 # --- what was measured ----------------------------------------------------------------------------------------------
 
+ANSWERS = "answers held out"
 Way = tuple[tuple[str, Any], ...]  # how something was measured: fields and their values
 Labels = dict[tuple[str, Way], str]  # (text or task, way) -> the name of its column
 
@@ -99,8 +101,9 @@ def text_labels(runs: Iterable[Run]) -> Labels:
 
 
 def task_labels(runs: Iterable[Run]) -> Labels:
-    """The same for the tasks of lm-eval: version of the task, shots and documents may differ."""
-    return _labels([(task, _asked(run.evaluation, task)) for run in runs for task in _results(run.evaluation)])
+    """The same for the tasks of lm-eval: version of the task, shots and documents may differ; and for ANSWERS."""
+    found = [(task, _asked(run.evaluation, task)) for run in runs for task in _results(run.evaluation)]
+    return _labels(found + [(ANSWERS, _held(run)) for run in runs if _answers(run)])
 
 
 def _labels(found: Iterable[tuple[str, Way]]) -> Labels:
@@ -162,7 +165,19 @@ def task_values(run: Run, labels: Labels) -> dict[str, dict[str, float]]:
     for task, values in _results(run.evaluation).items():
         numbers = {key: value for key, value in values.items() if "," in key and _is_number(value)}
         found[labels[task, _asked(run.evaluation, task)]] = {_metric(key): value for key, value in numbers.items()}
+    if known := _answers(run):
+        found[labels[ANSWERS, _held(run)]] = {name: known[name] for name in ("loss", "right")}
     return found
+
+
+def _answers(run: Run) -> dict[str, float] | None:
+    """How well a trained model that sees knows the answers that its training held out."""
+    return (run.report.get("answers") or {}).get("quantized")
+
+
+def _held(run: Run) -> Way:
+    known = _answers(run) or {}
+    return (("answers", known.get("answers")), ("data", fingerprint([run.report["calibration"]])))
 
 
 def _metric(key: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mico.comparison.measures import differing
+from mico.comparison.measures import ANSWERS, differing
 from mico.tables import NOTHING, Section, duration_text, number, perplexity_text, size_text
 
 Comparison = dict[str, Any]
@@ -210,8 +210,13 @@ def _tasks(found: Comparison) -> list[Section]:
         return []
     rows = [(arm["name"], *(_task_text(arm, task, metric) for task, metric in wanted)) for arm in found["arms"]]
     columns = ("arm", *(f"{task} {metric}" for task, metric in wanted))
-    lines = ("By lm-eval; in brackets its standard error over the documents, the mean of the runs.",)
-    return [Section("Tasks", columns, tuple(rows), lines)]
+    own = [task.startswith(ANSWERS) for task, _ in wanted]
+    lines = []
+    if not all(own):
+        lines.append("By lm-eval; in brackets its standard error over the documents, the mean of the runs.")
+    if any(own):
+        lines.append("Answers held out: loss, nats a token; right: share of those whose every token is the likeliest.")
+    return [Section("Tasks", columns, tuple(rows), tuple(lines))]
 
 
 def _task_text(arm: dict[str, Any], task: str, metric: str) -> str:

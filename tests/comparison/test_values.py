@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from mico.comparison import Run, compare
+from mico.comparison import Run, compare, sections
 from mico.costs import costs
+from mico.tables import markdown
 from tests.comparison.reports import ENVIRONMENT, made, score, three_arms
 
 
@@ -116,6 +117,25 @@ def test_other_versions_make_other_arms() -> None:
     assert [arm["name"] for arm in compare([made(), newer])["arms"]] == [
         "mi, version of mico 0.1.0", "mi, version of mico 0.2.0",
     ]  # fmt: skip
+
+
+def test_answers_held_out_of_a_training_are_tested_as_tasks_are() -> None:
+    def run(arm: str, seed: int, loss: float, count: int = 256) -> Run:
+        known = dict(loss=loss, right=1 - loss, answers=count, tokens=2 * count)
+        return made(arm, seed, compressed={}, dense={}, answers=dict(dense=known, quantized=known))
+
+    runs = [run("original", seed, 0.3 + 0.01 * seed) for seed in range(3)]
+    runs += [run("mi", seed, 0.2 + 0.02 * seed) for seed in range(3)]
+    found = compare(runs)
+    told = found["arms"][1]["tasks"]["answers held out"]
+    assert told["loss"]["values"] == pytest.approx([0.2, 0.22, 0.24]) and told["right"]["n"] == 3
+    tests = {test["figure"]: test for test in found["tests"]}
+    wanted = ttest_rel([0.2, 0.22, 0.24], [0.3, 0.31, 0.32])
+    assert tests["loss"]["p"] == pytest.approx(wanted.pvalue) and tests["loss"]["scale"] == "plain"
+    text = markdown(sections(found))
+    assert "answers held out loss" in text and "nats a token" in text and "lm-eval" not in text
+    apart = compare([run("mi", 0, 0.2), run("mi", 1, 0.2, count=9)])["arms"][0]["tasks"]
+    assert sorted(apart) == ["answers held out (answers 256)", "answers held out (answers 9)"]
 
 
 def test_tasks_with_their_errors() -> None:
