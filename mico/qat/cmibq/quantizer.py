@@ -111,6 +111,7 @@ class SharedInput:
         self.quantizer, self.readers = quantizer, readers
         self.tap, self.turn = tap, 0  # tokens of a sample that are kept for the rate, from another one on every turn
         self.tapped_BTC: torch.Tensor | None = None
+        self.open = True  # whether x is kept: not when checkpointing computes it again, whose graph nobody would free
         self._key: tuple[Any, ...] | None = None
         self._held: tuple[torch.Tensor, torch.Tensor] | None = None
         self._left = 0
@@ -120,7 +121,7 @@ class SharedInput:
         version = 0 if x.is_inference() else x._version
         key = (version, torch.is_grad_enabled(), id(getattr(self.quantizer, "choice", None)))
         if self._held is None or self._held[0] is not x or self._key != key:
-            if self.tap:  # the same of every sample, whatever else is in the batch of a process
+            if self.tap and self.open:  # the same of every sample, whatever else is in the batch of a process
                 stride = -(-x.shape[-2] // self.tap)
                 self.tapped_BTC = x[..., self.turn % stride :: stride, :]
             quantized = self.quantizer(x.reshape(-1, x.shape[-1])).view_as(x)

@@ -62,6 +62,7 @@ class Student(nn.Module):
         self._embedded_BTD = kwargs["inputs_embeds"] if self.training and self.alignment is not None else None
 
     def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.cmibq.open_taps()  # peft calls the LLaVA past the hook that would
         asked = with_question(batch)
         labels_BT = asked.pop("labels")
         asked.pop("question_mask", None)

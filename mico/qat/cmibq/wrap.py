@@ -90,8 +90,12 @@ class CMIBQ(nn.Module):
         """Before every forward pass of the model (a hook does it): which widths it takes."""
         for kind in self.kinds:
             kind.distribute(self.temperature, self.soft)
+        self.open_taps()
+
+    def open_taps(self) -> None:
+        """Before a forward pass: what it reads may be kept, what the last one kept is free."""
         for reader in self.readers:
-            reader.turn, reader.tapped_BTC = self.turn, None
+            reader.turn, reader.tapped_BTC, reader.open = self.turn, None, True
 
     def penalty(self) -> dict[str, torch.Tensor]:
         """What is added to the task's loss after a forward pass, by name, weights included: `act_bits` and
@@ -111,7 +115,7 @@ class CMIBQ(nn.Module):
         share_S = self.site_macs()
         total = torch.zeros((), device=share_S.device)
         for number, (reader, prior) in enumerate(zip(self.readers, self.priors, strict=True)):
-            x_BTC = reader.tapped_BTC
+            x_BTC, reader.open = reader.tapped_BTC, False
             assert x_BTC is not None, f"{self.sites[number].name}: the forward pass did not reach this site"
             generator = torch.Generator(x_BTC.device).manual_seed((self.settings.seed + 1) * 2**40 + self.turn)
             total = total + share_S[number] * rate(x_BTC, self.inputs[number].step_size(), prior, generator)  # type: ignore

@@ -173,6 +173,18 @@ def test_low_rank_adapters_learn_on_chosen_widths_and_merge_into_the_weights() -
         assert torch.equal(weight.dequantize(), after[name].quantized())
 
 
+def test_what_checkpointing_computes_again_is_not_kept() -> None:
+    model, cmibq = made()
+    model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    loss = model(**batch(0)).loss
+    loss = loss + cmibq.penalty()["rate"]
+    kept = [reader.tapped_BTC for reader in cmibq.readers]
+    loss.backward()
+    assert all(reader.tapped_BTC is x_BTC for reader, x_BTC in zip(cmibq.readers, kept, strict=True))
+    model(**batch(0))
+    assert all(reader.tapped_BTC is not x_BTC for reader, x_BTC in zip(cmibq.readers, kept, strict=True))
+
+
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     found = []
     for checkpointing in (False, True):
