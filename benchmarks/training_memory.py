@@ -37,7 +37,7 @@ def peak(folder: Path, stage: int, depth: int, batch: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="for models and runs, about 10 GB")
+    parser.add_argument("folder", type=Path, help="for models and runs")
     folder = parser.parse_args().folder
     write_instruct(folder / "pairs", 2, 0)
     parameters = {depth: make_llava(folder / f"depth{depth}", depth, **SHAPE) / 2 for depth in DEPTHS}  # bfloat16
