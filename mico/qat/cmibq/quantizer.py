@@ -123,7 +123,7 @@ class SharedInput:
         if self._held is None or self._held[0] is not x or self._key != key:
             if self.tap and self.open:  # the same of every sample, whatever else is in the batch of a process
                 stride = -(-x.shape[-2] // self.tap)
-                self.tapped_BTC = x[..., self.turn % stride :: stride, :]
+                self.tapped_BTC = x[..., self.turn % stride :: stride, :].clone()  # a view would hold all of x
             quantized = self.quantizer(x.reshape(-1, x.shape[-1])).view_as(x)
             self._held, self._key, self._left = (x, quantized), key, self.readers
         found, self._left = self._held[1], self._left - 1

@@ -56,7 +56,8 @@ def observe(model: nn.Module, sites: Sequence[Site], batches: Iterable[Mapping[s
         flat = x.detach().reshape(-1, x.shape[-1])
         tokens[name] += len(flat)
         ends[name].append(torch.stack([flat.amin(0), flat.amax(0)]).float().cpu())
-        rows[name].append(flat[:: max(1, len(flat) * len(given) // ROWS)].float().cpu())
+        spaced = flat[:: max(1, len(flat) * len(given) // ROWS)]
+        rows[name].append(spaced.to("cpu", torch.float32, copy=True))  # a view would hold all of x
 
     hooks = [
         model.get_submodule(site.linears[0]).register_forward_pre_hook(

@@ -179,6 +179,7 @@ def test_what_checkpointing_computes_again_is_not_kept() -> None:
     loss = model(**batch(0)).loss
     loss = loss + cmibq.penalty()["rate"]
     kept = [reader.tapped_BTC for reader in cmibq.readers]
+    assert all(x_BTC is not None and x_BTC.untyped_storage().nbytes() == x_BTC.nbytes for x_BTC in kept)  # no views
     loss.backward()
     assert all(reader.tapped_BTC is x_BTC for reader, x_BTC in zip(cmibq.readers, kept, strict=True))
     model(**batch(0))
