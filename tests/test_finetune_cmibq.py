@@ -454,8 +454,6 @@ def packed(written: Any) -> dict[str, Any]:
 def test_what_cannot_be_trained_is_refused(
     model: Path, first: Path, second: Path, pairs: dict[str, str], tmp_path: Path
 ) -> None:
-    zero3 = tmp_path / "zero3.json"
-    zero3.write_text(json.dumps(dict(zero_optimization=dict(stage=3))))
     cases: list[tuple[Path | str, dict[str, Any], str]] = [
         ("tiny-llama", FIRST, "--method cmibq: tiny-llama .* sees no images"),
         (model, dict(stage=3), "--stage 3: choose 1, or 2"),
@@ -463,7 +461,7 @@ def test_what_cannot_be_trained_is_refused(
         (first, SECOND | dict(target_bits_act=3.0), "--target-bits-act 3.0: --method cmibq --stage 2 has no such"),
         (model, FIRST | dict(target_bits_act=9.0), "--target-bits-act 9.0: must be from 2 to 8"),
         (model, FIRST | dict(bits_allocation="uniform"), "--target-bits-act 4.5: .* uniform choose from 2, 3, 4"),
-        (model, FIRST | dict(fsdp="full_shard"), "needs whole weights in every process"),
+        (model, FIRST | dict(fsdp="full_shard"), "--method cmibq: FSDP flattens weights"),
         (first, SECOND | dict(per_device_train_batch_size=1), "one pair is alone"),
         (second, SECOND, r"is a run of another kind \(cmibq --stage 2\): give the folder"),
         (model, SECOND, "does not exist: give the folder of a run of mico finetune --method cmibq --stage 1"),

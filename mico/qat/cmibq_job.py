@@ -34,9 +34,10 @@ from mico.qat.answers import GRIDS, ImageText, read_answers
 from mico.qat.cmibq.recipe import STAGES, Aligning, Quantizing, Shaping
 from mico.qat.cmibq.save import read_state, save_quantized
 from mico.qat.cmibq.settings import Settings
-from mico.qat.cmibq.stages import CHECKPOINTING, aligned, harden, merged, shaped
+from mico.qat.cmibq.stages import CHECKPOINTING, aligned, gathered, harden, merged, shaped
 from mico.qat.cmibq.student import Student
 from mico.qat.cmibq.told import cmibq_sections, quality, write_page
+from mico.qat.cmibq.wrap import wrap
 from mico.qat.job import Request, Results, check_room, fit, place_of, write_results
 from mico.qat.modules import Mask, masks_of
 from mico.qat.recipe import WATCHING, options_of, processes, refuse_given
@@ -186,7 +187,7 @@ class Bottleneck:
         trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
         check_room(run.path, trained, self.place, self.recipe, len(self.data.train), (4 + stored.itemsize) * size)
         self.console.note(f"finetune: {trained:,} parameters are trained")
-        results = self._train(run.path, student)
+        student, results = self._train(run.path, student)
         with self.console.stage("save"):
             probe = self.data.held.batch([self.data.held[0]])
             written, layers, rest, bits = save_quantized(
@@ -233,12 +234,15 @@ class Bottleneck:
         with self.console.stage("prepare"):
             if isinstance(self.recipe, Shaping):
                 return shaped(loaded.model, self.recipe, self.data.train, masks)
-            assert isinstance(self.recipe, Aligning)
-            teacher = self._load(self.place)[0].model if self.recipe.use_align else None
-            state = read_state(self._before().folder)
-            return aligned(loaded.model, family_of(self.config), self.recipe, self.settings, state, teacher, masks)
+            aligning = isinstance(self.recipe, Aligning) and self.recipe.use_align
+            return self._second(loaded, masks, self._load(self.place)[0].model if aligning else None)
 
-    def _train(self, folder: Path, student: Student) -> Results:
+    def _second(self, loaded: LoadedModel, masks: dict[str, Mask], teacher: Any) -> Student:
+        assert isinstance(self.recipe, Aligning)
+        state = read_state(self._before().folder)
+        return aligned(loaded.model, family_of(self.config), self.recipe, self.settings, state, teacher, masks)
+
+    def _train(self, folder: Path, student: Student) -> tuple[Student, Results]:
         from mico.qat.cmibq.trainer import BottleneckTrainer
 
         recipe, hidden = self.recipe, self.console.quiet or not sys.stderr.isatty()
@@ -253,7 +257,16 @@ class Bottleneck:
             theta_learning_rate=recipe.theta_learning_rate if isinstance(recipe, Shaping) else recipe.rate,
             choose=lambda: self._choose(student),
         )  # fmt: skip
-        return fit(trainer, folder, self.console)
+        results = fit(trainer, folder, self.console)
+        return gathered(student, trainer, self._blank) if recipe.weights_apart else student, results
+
+    def _blank(self) -> Student:
+        """A student on the CPU, to hold what was trained."""
+        loaded, masks = self._load(torch.device("cpu"))
+        if isinstance(self.recipe, Shaping):
+            wrap(loaded.model, self.settings, None, masks)
+            return Student(loaded.model)
+        return self._second(loaded, masks, None)
 
     def _choose(self, student: Student) -> None:
         with self.console.stage("choose widths"):

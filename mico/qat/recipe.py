@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mico.errors import UserError
+from mico.files import read_json
 from mico.packed.bits import TERNARY
 from mico.qat.paretoq import STARTS, WIDTHS
 from mico.settings import choose
@@ -24,6 +25,7 @@ FSDP_WORDS = (
 FEW_BITS_RATE, MORE_BITS_RATE = 2e-5, 1e-5  # of the paper, at 1 to 2 bits and at 3 and 4
 SCALE_RATE = 1.0  # of a step's learning rate to that of the weights
 PATIENCE = 24 * 3600  # seconds that processes wait for the first, which measures the dense model before it joins them
+GATHERED = "stage3_gather_16bit_weights_on_model_save"
 WATCHING = ("report_to",)  # options that change nothing of what comes out
 _COUNTS = (
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps",
@@ -31,6 +33,11 @@ _COUNTS = (
 )  # fmt: skip
 
 Options = TypeVar("Options", bound="Training")
+
+
+def launched(name: str) -> bool:
+    """Whether `accelerate launch` asks for it."""
+    return os.environ.get(f"ACCELERATE_{name}", "false").lower() == "true"
 
 
 def processes() -> int:
@@ -73,6 +80,11 @@ class Training:
             raise UserError(f"--deepspeed {self.deepspeed}: no such file")
         if self.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
             raise UserError(f"--deepspeed {self.deepspeed}: deepspeed is not installed: pip install deepspeed")
+        if self.weights_apart and not self.deepspeed_config["zero_optimization"].get(GATHERED):
+            raise UserError(
+                f'--deepspeed {self.deepspeed or "of accelerate"}: set "{GATHERED}": true in zero_optimization, or the '
+                "weights that stage 3 parts are never written"
+            )
         for word in (self.fsdp or "").split():
             choose("--fsdp", word, FSDP_WORDS)
         for name in self.trackers:
@@ -97,8 +109,24 @@ class Training:
     @property
     def parted(self) -> bool:
         """Whether each process is to hold a part of the model: asked for here, or of `accelerate launch`."""
-        launched = [os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() for name in ("DEEPSPEED", "FSDP")]
-        return self.deepspeed is not None or self.fsdp is not None or "true" in launched
+        return self.deepspeed is not None or self.fsdp is not None or launched("USE_DEEPSPEED") or launched("USE_FSDP")
+
+    @property
+    def deepspeed_config(self) -> dict[str, Any]:
+        """What DeepSpeed is asked for, by its names; {} without it. Raises UserError for a file that is no JSON."""
+        file = self.deepspeed
+        if file is None and launched("USE_DEEPSPEED"):
+            file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+            if file == "none":
+                stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+                return dict(zero_optimization={"stage": stage, GATHERED: launched("DEEPSPEED_ZERO3_SAVE_16BIT_MODEL")})
+        return {} if file is None else read_json(Path(file), "give a DeepSpeed configuration as JSON")
+
+    @property
+    def weights_apart(self) -> bool:
+        """Whether every process holds a part of the weights while training (ZeRO-3)."""
+        zero = self.deepspeed_config.get("zero_optimization")
+        return isinstance(zero, dict) and zero.get("stage") == 3
 
     @property
     def loaded_apart(self) -> bool:

@@ -119,17 +119,34 @@ class SharedInput:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., C) -> the same shape."""
         version = 0 if x.is_inference() else x._version
-        key = (version, torch.is_grad_enabled(), id(getattr(self.quantizer, "choice", None)))
-        if self._held is None or self._held[0] is not x or self._key != key:
+        place = (x.data_ptr(), x.shape, x.stride())  # of memory that is not given away while it is held
+        key = (*place, version, torch.is_grad_enabled(), id(getattr(self.quantizer, "choice", None)))
+        if self._held is None or self._key != key:
             if self.tap and self.open:  # the same of every sample, whatever else is in the batch of a process
                 stride = -(-x.shape[-2] // self.tap)
                 self.tapped_BTC = x[..., self.turn % stride :: stride, :].clone()  # a view would hold all of x
             quantized = self.quantizer(x.reshape(-1, x.shape[-1])).view_as(x)
             self._held, self._key, self._left = (x, quantized), key, self.readers
-        found, self._left = self._held[1], self._left - 1
+        (first, found), self._left = self._held, self._left - 1
         if not self._left:
             self._held = None
-        return found
+        return found if first is x or not x.requires_grad else _Read.apply(found, x)
+
+
+class _Read(torch.autograd.Function):
+    """(what one reader had quantized, the same input as another was given it) -> the former.
+
+    ZeRO-3 gives every module its input as a tensor of its own, and frees the module's weights when a backward pass has
+    reached that: here it does, without a gradient, which all goes to what was quantized.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, quantized: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return quantized.view_as(quantized)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
 
 
 class QuantLinear(nn.Linear):

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from mico.errors import UserError
-from mico.files import read_json
 from mico.qat.cmibq.levels import BITS
 from mico.qat.cmibq.settings import Settings
-from mico.qat.recipe import Training
+from mico.qat.recipe import Training, launched
 from mico.settings import choose
 
 ALLOCATIONS = ("learned", "uniform", "knapsack")
 GROUP = 128  # columns of a weight that share a scale a row, and a width
-
-
-def _launched(name: str) -> bool:
-    """Whether `accelerate launch` asks for it."""
-    return os.environ.get(f"ACCELERATE_{name}", "false").lower() == "true"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +30,12 @@ class Quantizing(Training):
         super().__post_init__()
         self._must_be("scale_learning_rate", lambda value: 0 < value < math.inf, "above 0")
         self._must_be("ib_weight", lambda value: value is None or 0 <= value < math.inf, "0 or more")
-        zero, half = self._deepspeed()
-        if self.fsdp is not None or _launched("USE_FSDP") or zero == 3:
+        if self.fsdp is not None or launched("USE_FSDP"):
             raise UserError(
-                "--method cmibq needs whole weights in every process, to quantize them: leave --fsdp out, and choose "
-                "zero_optimization stage 1 or 2 for --deepspeed"
+                "--method cmibq: FSDP flattens weights and the steps of their quantizers into one: leave it out, and "
+                "give --deepspeed with zero_optimization stage 3 to part them among processes"
             )
-        if half:
+        if half := self._half:
             raise UserError(
                 f"--deepspeed {self.deepspeed or 'of accelerate'}: {half} would hold the steps of the quantizers in 16 "
                 "bits, too few to learn in: choose torch_autocast in its place, as pipelines/deepspeed/zero2.json does"
@@ -53,24 +43,17 @@ class Quantizing(Training):
 
     @property
     def loaded_apart(self) -> bool:
-        """Never: ZeRO 1 and 2 share gradients and moments alone. The CPU would take hours over what is measured."""
+        """Never: what the dense model is measured for, before weights are parted, would take hours on the CPU."""
         return False
 
-    def _deepspeed(self) -> tuple[int, str | None]:
-        """Stage of ZeRO that a DeepSpeed configuration asks for, and which 16-bit format it holds parameters in."""
-        file = self.deepspeed
-        if file is None and _launched("USE_DEEPSPEED"):
-            file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-            if file == "none":
-                return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")), None
-        if file is None:
-            return 0, None
-        asked: dict[str, Any] = read_json(Path(file), "give a DeepSpeed configuration as JSON")
-        parts = {name: asked.get(name) for name in ("zero_optimization", "bf16", "fp16")}
-        known = {name: part if isinstance(part, dict) else {} for name, part in parts.items()}
+    @property
+    def _half(self) -> str | None:
+        """Which 16-bit format DeepSpeed is to hold parameters in."""
         on = {True, "auto"} if self.bf16 else {True}
-        half = next((name for name in ("bf16", "fp16") if known[name].get("enabled", False) in on), None)
-        return known["zero_optimization"].get("stage", 0), half
+        known = {name: self.deepspeed_config.get(name) for name in ("bf16", "fp16")}
+        return next(
+            (name for name, part in known.items() if isinstance(part, dict) and part.get("enabled") in on), None
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -93,12 +93,12 @@ def measure(student: Student, batches: Iterable[Batch]) -> None:
     Losses are summed, so that an answer counts alike in whatever batch it comes.
     """
     student.train()
-    # Every quantizer's backward pass leads to these; gradients of all weights would be as large as the weights.
-    logits = [kind.allocator.residual for kind in student.cmibq.kinds]
     with torch.enable_grad(), student.cmibq.measuring():
         for batch in batches:
-            # not backward(), which DistributedDataParallel and DeepSpeed would take for a step
-            torch.autograd.grad(student(**_placed(batch, student.llava.device))[NLL], logits)
+            loss = student(**_placed(batch, student.llava.device))[NLL]
+            # Every quantizer's backward pass leads to these; gradients of all weights would be as large as the weights.
+            # Not backward(), nor to a parameter, which DistributedDataParallel and DeepSpeed would take for a step.
+            torch.autograd.grad(loss, [kind.learned_IK for kind in student.cmibq.kinds])  # type: ignore[arg-type]
 
 
 def harden(student: Student, answers: Answers) -> None:
@@ -151,6 +151,22 @@ def aligned(
             parameter.requires_grad_(not name.startswith((f"{TOWER}.", "cmibq.")) and ".weight_quantizer." not in name)
     _learn_steps(model, model.cmibq)
     return Student(chosen, teacher, recipe.align_weight)
+
+
+def gathered(student: Student, trainer: Any, blank: Callable[[], Student]) -> Student:
+    """The student with the weights that ZeRO-3 left in parts, in the first of all processes, on the CPU.
+
+    blank: makes one of the same shapes without a teacher; the others get the student as it is.
+    """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    unset_hf_deepspeed_config()  # or the model below would be spread over the processes too
+    if not trainer.is_world_process_zero():
+        return student
+    whole = blank()
+    load_state(whole, {name: tensor for name, tensor in state.items() if not name.startswith("alignment.")})
+    return whole
 
 
 def load_state(model: Any, state: Mapping[str, torch.Tensor]) -> None:

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from mico.errors import UserError
 from mico.qat.cmibq.importance import share_first
-from mico.qat.cmibq.quantizer import Quantizer
+from mico.qat.cmibq.quantizer import Quantizer, QuantLinear
 from mico.qat.cmibq.student import NLL, TOKENS, Student
 from mico.qat.cmibq.wrap import CMIBQ, parameter_groups
 
@@ -38,6 +38,7 @@ class BottleneckTrainer(Trainer):
         self.choose = choose
         self.figures: dict[str, float] = {}  # of the last step
         self._sums: dict[str, list[torch.Tensor]] = defaultdict(list)  # of the batches since the last log
+        _gathered_whole(more["model"])
         super().__init__(**more)
         self.add_callback(_Steps(self))
 
@@ -173,6 +174,25 @@ class _Steps(TrainerCallback):
         cmibq.advance(state.global_step / state.max_steps)
         if not cmibq.fixed and cmibq.learned == 1:
             self.trainer.choose()
+
+
+def _gathered_whole(student: Student) -> None:
+    """Have ZeRO-3 gather all of a QuantLinear at once: what it computes with belongs to its parts as well."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        from deepspeed.utils import set_z3_leaf_modules
+
+        kinds = {type(one) for one in student.modules() if isinstance(getattr(one, "base_layer", one), QuantLinear)}
+        for module in set_z3_leaf_modules(student, list(kinds)):
+            if any(parameter.requires_grad for parameter in module.parameters()):
+                module.register_forward_pre_hook(_with_gradient)
+
+
+def _with_gradient(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    """DeepSpeed takes the gradients of such a module when that of its input is there, and else before they are."""
+    x, *more = args
+    return (x.detach().requires_grad_(), *more) if torch.is_grad_enabled() and not x.requires_grad else None
 
 
 def learned_state(student: nn.Module, state: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:

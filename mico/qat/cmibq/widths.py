@@ -41,10 +41,11 @@ class Widths(nn.Module):
         self.price = Price(target)
         for name in FACTS:
             self.register_buffer(name, getattr(facts, name))
-        self.register_buffer("cost_I", cost_I)
+        self.register_buffer("cost_I", cost_I.clone())  # of its own: ZeRO-3 gathers a buffer under one name alone
         self.register_buffer("chosen_I", torch.full((len(cost_I),), FREE, dtype=torch.int64))
         self.fixed = False
-        self.share_IK: torch.Tensor | None = None
+        self.share_IK: torch.Tensor | None = None  # of the last forward pass
+        self.learned_IK: torch.Tensor | None = None  # what quantizers read of it; None once widths are fixed
         self.register_load_state_dict_post_hook(lambda module, keys: module._settle())
 
     def facts(self) -> GroupFacts:
@@ -58,16 +59,16 @@ class Widths(nn.Module):
         """Give every quantizer its widths for the next forward pass."""
         if self.fixed:
             self.share_IK = nn.functional.one_hot(self.chosen_I, len(BITS)).float()
-            shared_IK, chosen_I = None, self.chosen_I
+            self.learned_IK, chosen_I = None, self.chosen_I
         else:
             with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
                 share_IK = shares(self.allocator(), tau)
                 self.share_IK = share_IK if soft else one_width(share_IK)
-            shared_IK, chosen_I = share_IK, share_IK.detach().argmax(-1)
+            self.learned_IK, chosen_I = share_IK, share_IK.detach().argmax(-1)
         start = 0
         for quantizer in self.quantizers:
             here = slice(start, start := start + len(quantizer.error_GK))
-            share_GK = None if shared_IK is None else shared_IK[here]
+            share_GK = None if self.learned_IK is None else self.learned_IK[here]
             quantizer.choice = Choice(share_GK, chosen_I[here], soft and not self.fixed)
 
     def average(self) -> torch.Tensor:

@@ -74,24 +74,61 @@ def test_the_dense_model_is_measured_with_gradient_checkpointing(monkeypatch: py
             stages.shaped(dense(), Shaping(gradient_checkpointing=asked, group_size=16), Rows())  # type: ignore[arg-type]
 
 
-def test_zero_1_and_2_have_the_model_on_their_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zero_has_the_model_on_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "pick_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # of DeepSpeed
     config = tmp_path / "zero.json"
-    config.write_text(json.dumps(dict(zero_optimization=dict(stage=2))))
     request: Any = SimpleNamespace(device=None)
-    assert job.place_of(request, Shaping(deepspeed=str(config))) == torch.device("cuda", 0)
+    for stage in (2, 3):
+        zero = dict(stage=stage, stage3_gather_16bit_weights_on_model_save=True)
+        config.write_text(json.dumps(dict(zero_optimization=zero)))
+        assert job.place_of(request, Shaping(deepspeed=str(config))) == torch.device("cuda", 0)
+        assert Shaping(deepspeed=str(config)).weights_apart == (stage == 3)
+    launch = dict(USE_DEEPSPEED="true", DEEPSPEED_ZERO_STAGE="3", DEEPSPEED_ZERO3_SAVE_16BIT_MODEL="true")
+    for name, value in launch.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    assert Shaping().weights_apart and Shaping().parted
+
+
+def test_fsdp_and_weights_that_are_never_written_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "zero.json"
     config.write_text(json.dumps(dict(zero_optimization=dict(stage=3))))
-    launches = [
-        dict(USE_FSDP="true"), dict(USE_DEEPSPEED="true", DEEPSPEED_ZERO_STAGE="3"),
-        dict(USE_DEEPSPEED="true", DEEPSPEED_CONFIG_FILE=str(config)),
-    ]  # fmt: skip
-    for launch in launches:
+    launches = {
+        "FSDP flattens weights": dict(USE_FSDP="true"),
+        'of accelerate: set "stage3_gather': dict(USE_DEEPSPEED="true", DEEPSPEED_ZERO_STAGE="3"),
+        'model_save": true in zero_opt': dict(USE_DEEPSPEED="true", DEEPSPEED_CONFIG_FILE=str(config)),
+    }
+    for said, launch in launches.items():
         with monkeypatch.context() as patch:
             for name, value in launch.items():
                 patch.setenv(f"ACCELERATE_{name}", value)
-            with pytest.raises(UserError, match="needs whole weights in every process"):
+            with pytest.raises(UserError, match=said):
                 Shaping()
+
+
+def test_what_zero_3_parts_is_gathered_into_a_new_student() -> None:
+    trained, _ = made()
+    student, state = Student(trained), {"alignment.logit_scale": torch.ones(1)}
+    for number, parameter in enumerate(student.parameters()):
+        parameter.data += 0.01 * number
+    state |= student.state_dict()
+
+    def blank() -> Student:
+        model = dense()
+        wrap(model, trained.cmibq.settings, None)
+        return Student(model)
+
+    for leads in (False, True):
+        fake: Any = SimpleNamespace(
+            model_wrapped=None, is_world_process_zero=lambda: leads,  # noqa: B023
+            accelerator=SimpleNamespace(get_state_dict=lambda model: state if leads else None),  # noqa: B023
+        )  # fmt: skip
+        whole = stages.gathered(student, fake, blank)
+        assert (whole is not student) == leads
+        assert all(torch.equal(state[name], tensor) for name, tensor in whole.state_dict().items())
+    del state["model.cmibq.state"]
+    with pytest.raises(UserError, match=r"does not fit the model, as 'model\.cmibq\.state'"):
+        stages.gathered(student, fake, blank)
 
 
 def test_processes_begin_with_what_the_first_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,6 +201,45 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
+class Own(torch.autograd.Function):
+    """As ZeRO-3 gives a module its input: a tensor of its own, which tells when a backward pass has reached it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, reached: list[str], name: str) -> torch.Tensor:
+        ctx.tell = reached.append, name
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        tell, name = ctx.tell
+        tell(name)
+        return gradients[0], None, None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_readers_with_tensors_of_their_own_share_what_is_quantized(checkpointing: bool) -> None:
+    found, reached = [], list[str]()
+    for apart in (False, True):
+        model, cmibq = made()
+        if checkpointing:
+            model.gradient_checkpointing_enable(dict(use_reentrant=False))
+        linears = quant_linears(model)
+        if apart:
+            for name, linear in linears.items():
+                linear.register_forward_pre_hook(lambda _, args, name=name: Own.apply(args[0], reached, name))
+        cmibq.progress = 0.1
+        output = model(**batch(0))
+        (output.loss + sum(cmibq.penalty().values())).backward()
+        meters = {name: x.clone() for name, x in model.state_dict().items() if ".meter." in name}
+        found.append(({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, meters))
+    first = {name for name in linears if name.startswith("model.vision_tower") and ".layers.0.self_attn." in name}
+    assert {*linears} - first <= {*reached} and len(reached) == len({*reached})  # pixels need no gradient
+    for before, after in zip(*found, strict=True):
+        assert before.keys() == after.keys() and len(before) > 30
+        for name, value in before.items():
+            torch.testing.assert_close(after[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_every_trained_parameter_is_in_one_group_with_its_rate() -> None:
     model, cmibq = made()
     groups = {group["name"]: group for group in parameter_groups(model, 2e-5, 1e-2, 1e-3, weight_decay=0.1)}
