@@ -211,9 +211,9 @@ class Bottleneck:
         """Train with the others."""
         self._train(folder, self._student(*self._load(self.place)))
 
-    def _load(self, place: torch.device) -> tuple[LoadedModel, dict[str, Mask]]:
-        """The dense float32 model, and the masks that a compression left."""
-        loaded = load_model(self.base, device=str(place), dtype="float32", stream=False, **self.request.hub)
+    def _load(self, place: torch.device, dtype: str = "float32") -> tuple[LoadedModel, dict[str, Mask]]:
+        """The dense model, and the masks that a compression left."""
+        loaded = load_model(self.base, device=str(place), dtype=dtype, stream=False, **self.request.hub)
         if quantized_inputs(loaded.model):
             raise UserError(
                 f"--method {self.request.method}: {self.base} was made by it: give the model that its stage 1 started "
@@ -221,7 +221,7 @@ class Bottleneck:
             )
         masks = masks_of(loaded.model)
         if getattr(loaded.model, "is_quantized", False):
-            loaded.model.dequantize(torch.float32)  # in place
+            loaded.model.dequantize(getattr(torch, dtype))  # in place
         if masks:
             self.console.note(f"finetune: {len(masks)} Linears keep the mask of {self.base}")
         return replace(loaded, family=self.family), masks
@@ -235,7 +235,8 @@ class Bottleneck:
             if isinstance(self.recipe, Shaping):
                 return shaped(loaded.model, self.recipe, self.data.train, masks)
             aligning = isinstance(self.recipe, Aligning) and self.recipe.use_align
-            return self._second(loaded, masks, self._load(self.place)[0].model if aligning else None)
+            teacher = self._load(self.place, self.recipe.precision)[0].model if aligning else None
+            return self._second(loaded, masks, teacher)
 
     def _second(self, loaded: LoadedModel, masks: dict[str, Mask], teacher: Any) -> Student:
         assert isinstance(self.recipe, Aligning)

@@ -212,8 +212,8 @@ class ParetoQ:
     def _teacher(self) -> Any:
         """In the precision that the training computes in."""
         assert self.teacher is not None
-        dtype = "bfloat16" if self.recipe.bf16 else "float32"
-        return load_model(self.teacher, device=str(self.place), dtype=dtype, stream=False, **self.request.hub).model
+        hub, dtype = self.request.hub, self.recipe.precision
+        return load_model(self.teacher, device=str(self.place), dtype=dtype, stream=False, **hub).model
 
     # --- report ---
 

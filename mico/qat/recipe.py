@@ -123,6 +123,13 @@ class Training:
         return {} if file is None else read_json(Path(file), "give a DeepSpeed configuration as JSON")
 
     @property
+    def precision(self) -> str:
+        """What is multiplied in; a model that is not trained is held in it."""
+        cast = self.deepspeed_config.get("torch_autocast")
+        half = isinstance(cast, dict) and cast.get("enabled") is True and cast.get("dtype") in ("bfloat16", "bf16")
+        return "bfloat16" if self.bf16 or half else "float32"
+
+    @property
     def weights_apart(self) -> bool:
         """Whether every process holds a part of the weights while training (ZeRO-3)."""
         zero = self.deepspeed_config.get("zero_optimization")

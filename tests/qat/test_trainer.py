@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,18 +66,32 @@ def test_steps_have_a_rate_of_their_own_and_no_decay(tmp_path: Path) -> None:
     assert sum(len(group["params"]) for group in (weights, others, steps)) == len(list(model.parameters()))
 
 
+def test_what_is_not_trained_is_held_in_what_is_multiplied_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # of DeepSpeed
+    assert (Recipe().precision, Recipe(bf16=True).precision) == ("float32", "bfloat16")
+    for cast in (dict(enabled=False, dtype="bfloat16"), dict(enabled=True, dtype="float16"), None):
+        (tmp_path / "zero.json").write_text(json.dumps(dict(torch_autocast=cast)))
+        assert Recipe(deepspeed=str(tmp_path / "zero.json")).precision == "float32"
+
+
 def test_recipe_defaults_are_those_of_the_paper_by_width() -> None:
     assert [Recipe(w_bits=bits_of(text)).rate for text in ("1", "1.58", "2", "3", "4")] == [2e-5] * 3 + [1e-5] * 2
     assert Recipe(learning_rate=1e-4).scale_rate == 1e-4
     assert bits_of("1.58") == 1.58 and bits_of("3") == 3
 
 
+@pytest.mark.parametrize("offload", ["", "_offload"])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_shipped_deepspeed_configurations_are_read_and_filled(stage: int) -> None:
+def test_shipped_deepspeed_configurations_are_read_and_filled(
+    stage: int, offload: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
-    file = Path(__file__).parents[2] / "pipelines" / "deepspeed" / f"zero{stage}.json"
+    file = Path(__file__).parents[2] / "pipelines" / "deepspeed" / f"zero{stage}{offload}.json"
     config = HfDeepSpeedConfig(str(file))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # of DeepSpeed
+    recipe = Recipe(deepspeed=str(file))
+    assert recipe.precision == "bfloat16" and recipe.weights_apart == (stage == 3)
     assert config.is_zero3() == (stage == 3) and config.get_value("zero_optimization.stage") == stage
     assert config.is_false("bf16.enabled")  # masters stay float32
     assert config.is_true("torch_autocast.enabled")
