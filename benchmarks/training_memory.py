@@ -3,8 +3,9 @@
     python -m benchmarks.training_memory FOLDER
 
 Both stages are run for two steps on LLaVAs with random weights, of two depths and with two batch sizes, each in a
-process of its own, with gradient checkpointing. Differences between the peaks give bytes a parameter and bytes a token
-of a batch; what the program itself takes drops out. The last rows are sums of these bytes, not measured.
+process of its own, with gradient checkpointing. Differences between the peaks give bytes a parameter (of a batch of
+none) and bytes a token of a batch, a layer and a channel; what the program itself takes drops out. What LLaVA-1.5 would
+take are sums of these bytes, not measured. On the CPU everything is float32, and rows that calibration keeps count too.
 """
 
 from __future__ import annotations
@@ -58,11 +59,11 @@ def main() -> None:
     print("|" + "---|" * (3 + len(LLAVA)))
     for stage in (1, 2):
         peaks = {(depth, batch): peak(folder, stage, depth, batch) for depth in DEPTHS for batch in BATCHES}
-        single, several = BATCHES
-        each = (peaks[many, single] - peaks[few, single]) / (parameters[many] - parameters[few])
-        tokens = (several - single) * TOKENS
-        grown = [peaks[depth, several] - peaks[depth, single] for depth in DEPTHS]
-        deep = (grown[1] - grown[0]) / (tokens * (many - few) * WIDTH)
+        small, large = BATCHES
+        sample = {depth: (peaks[depth, large] - peaks[depth, small]) / (large - small) for depth in DEPTHS}
+        model = {depth: peaks[depth, small] - small * sample[depth] for depth in DEPTHS}
+        each = (model[many] - model[few]) / (parameters[many] - parameters[few])
+        deep = (sample[many] - sample[few]) / (TOKENS * (many - few) * WIDTH)
         sums = [f"{each * size / 1e9:.0f} GB + {deep * TOKENS * layers * width / 1e9:.2f} GB a sample"
                 for size, layers, width in LLAVA.values()]  # fmt: skip
         print(f"| stage {stage} | {each:.1f} | {deep:.1f} | " + " | ".join(sums) + " |", flush=True)
