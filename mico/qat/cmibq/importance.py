@@ -19,7 +19,7 @@ DECAY = 0.98  # of the averages, a batch: about the last fifty count
 class Meter(nn.Module):
     """Averages of one quantizer's groups; `levels.Watch` calls it in the backward pass.
 
-    even: all batches since the last `reset` count alike, else later ones more.
+    even: all batches since the last `reset` count alike, else later ones more. counts: whether they count at all.
     """
 
     importance_G: torch.Tensor
@@ -33,11 +33,13 @@ class Meter(nn.Module):
         self.register_buffer("importance_G", torch.zeros(groups))
         self.register_buffer("distortion_GK", torch.zeros(groups, widths))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
-        self.even = False
+        self.even, self.counts = False, True
 
     @torch.no_grad()
     def forward(self, x_NC: torch.Tensor, gradient_NC: torch.Tensor, squares_GK: torch.Tensor) -> None:
         """Add one batch. The first ones are averaged evenly, so that nothing remains of the zeros at the start."""
+        if not self.counts:
+            return
         self.batches += 1
         share = 1 / self.batches if self.even else torch.clamp_min(1 / self.batches, 1 - DECAY)
         effect_C = (x_NC.float() * gradient_NC.float()).square().mean(0)

@@ -29,15 +29,18 @@ CHECKPOINTING = dict(use_reentrant=False)  # of gradients; the other kind hides 
 Batch = dict[str, torch.Tensor]
 
 
-def spaced_batches(answers: Answers, count: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-    """At most `count` rows, evenly spaced over the data, in batches of TOGETHER; those of one of several processes.
+def spaced_batches(answers: Answers, count: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, bool]]:
+    """At most `count` rows, evenly spaced over the data, in batches of TOGETHER, and whether each counts; those of one
+    of several processes.
 
-    There may be none: `average_over_ranks` then counts the others'.
+    All processes get as many, as under ZeRO-3 they gather weights together: the last of some is one that another has,
+    and does not count. `average_over_ranks` counts those that do.
     """
     count = min(count, len(answers))
     places = [index * len(answers) // count for index in range(count)]
-    for start in range(rank * TOGETHER, count, world * TOGETHER):
-        yield answers.batch([answers[place] for place in places[start : start + TOGETHER]])
+    for first in range(0, count, world * TOGETHER):
+        own = places[first + rank * TOGETHER :][:TOGETHER]
+        yield answers.batch([answers[place] for place in own or places[:TOGETHER]]), bool(own)
 
 
 def _placed(batch: Batch, device: Any) -> Batch:
@@ -50,7 +53,7 @@ def _placed(batch: Batch, device: Any) -> Batch:
 def shaped(model: Any, recipe: Shaping, answers: Answers, masks: Masks | None = None) -> Student:
     """The student of stage 1 around a dense float32 LLaVA. Widths that are not learned are chosen; those that are
     begin where the dense model's backward passes would have them. masks: weights that stay pruned."""
-    batches = [_placed(batch, model.device) for batch in spaced_batches(answers, CALIBRATION)]
+    batches = [_placed(batch, model.device) for batch, _ in spaced_batches(answers, CALIBRATION)]
     model.requires_grad_(True)
     try:
         cmibq = wrap(model, recipe.settings(), observe(model, find_sites(model), batches), masks)
@@ -87,14 +90,17 @@ def freeze_unread(model: Any) -> None:
             parameter.requires_grad_(False)
 
 
-def measure(student: Student, batches: Iterable[Batch]) -> None:
-    """What every width loses by these batches, forward and backward without a step; widths are not chosen yet.
+def measure(student: Student, batches: Iterable[tuple[Batch, bool]]) -> None:
+    """What every width loses by those of these batches that count, forward and backward without a step; widths are not
+    chosen yet.
 
     Losses are summed, so that an answer counts alike in whatever batch it comes.
     """
     student.train()
-    with torch.enable_grad(), student.cmibq.measuring():
-        for batch in batches:
+    with torch.enable_grad(), student.cmibq.measuring() as meters:
+        for batch, counts in batches:
+            for meter in meters:
+                meter.counts = counts
             loss = student(**_placed(batch, student.llava.device))[NLL]
             # Every quantizer's backward pass leads to these; gradients of all weights would be as large as the weights.
             # Not backward(), nor to a parameter, which DistributedDataParallel and DeepSpeed would take for a step.
@@ -118,7 +124,7 @@ def _measure_dense(student: Student, batches: list[Batch]) -> None:
         for kind in cmibq.kinds:
             kind.allocator.residual[:, -1] = SURE
     cmibq.progress = 1.0
-    measure(student, batches)
+    measure(student, ((batch, True) for batch in batches))
     with torch.no_grad():
         for kind in cmibq.kinds:
             kind.allocator.residual.zero_()

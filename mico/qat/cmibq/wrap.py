@@ -17,7 +17,7 @@ from torch import nn
 from mico.packed.quantized import QuantizedWeight, equal_runs
 from mico.qat.cmibq.allocator import GroupFacts
 from mico.qat.cmibq.bits import temperature
-from mico.qat.cmibq.importance import average_over_ranks, share_first
+from mico.qat.cmibq.importance import Meter, average_over_ranks, share_first
 from mico.qat.cmibq.levels import BITS, runs
 from mico.qat.cmibq.quantizer import Quantizer, QuantLinear, SharedInput
 from mico.qat.cmibq.rate import LogisticPrior, rate
@@ -142,15 +142,15 @@ class CMIBQ(nn.Module):
         self.state.copy_(torch.tensor([self.progress, self.turn], dtype=torch.float64))
 
     @contextmanager
-    def measuring(self) -> Iterator[None]:
+    def measuring(self) -> Iterator[list[Meter]]:
         """Inside, backward passes (no steps) are measured afresh and count alike: what `harden` is to go by."""
         meters = [quantizer.meter for kind in self.kinds for quantizer in kind.quantizers]
         for meter in meters:
             meter.reset()
             meter.even = True
-        yield
+        yield meters
         for meter in meters:
-            meter.even = False
+            meter.even, meter.counts = False, True
 
     def harden(self) -> None:
         """Choose all widths for good by the exact knapsack. Raises UserError where a target cannot be met."""

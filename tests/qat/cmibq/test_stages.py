@@ -50,14 +50,24 @@ def test_measuring_holds_no_gradients_of_weights(progress: float, monkeypatch: p
         return found
 
     monkeypatch.setattr(torch.autograd, "grad", spy)
-    stages.measure(student, [batch(0), batch(1)])
+    stages.measure(student, [(batch(0), True), (batch(2), False), (batch(1), True)])
     found = measured(student)
-    assert sizes == [sum(kind.allocator.residual.numel() for kind in cmibq.kinds)] * 2
+    assert sizes == [sum(kind.allocator.residual.numel() for kind in cmibq.kinds)] * 3
     assert all(parameter.grad is None for parameter in student.parameters())
     with cmibq.measuring():
         for seed in range(2):
             student(**batch(seed))[NLL].backward()
     assert found.min() > 0 and torch.equal(measured(student), found)
+
+
+@pytest.mark.parametrize(("rows", "world"), [(10, 2), (3, 4), (16, 2), (600, 6)])
+def test_processes_measure_as_many_batches_and_no_row_twice(rows: int, world: int) -> None:
+    given: Any = type("Listed", (Rows,), dict(__len__=lambda self: rows, batch=lambda self, chosen: chosen))()
+    found = [list(stages.spaced_batches(given, stages.MEASURED, rank, world)) for rank in range(world)]
+    assert len({len(batches) for batches in found}) == 1 and all(batch for batches in found for batch, _ in batches)
+    counted = sorted(row for batches in found for batch, counts in batches if counts for row in batch)  # type: ignore
+    assert len(counted) == len({*counted}) == min(rows, stages.MEASURED)
+    assert counted == sorted(row for batch, _ in stages.spaced_batches(given, stages.MEASURED) for row in batch)  # type: ignore
 
 
 def test_the_dense_model_is_measured_with_gradient_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
