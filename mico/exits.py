@@ -57,7 +57,7 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[int, s
     if out_of_memory(error):
         less = "lower --batch-size, --nsamples or --seqlen, or use --device cpu"
         if command == "finetune":
-            less = "lower --per-device-train-batch-size or --seqlen, or use --gradient-checkpointing"
+            less = "lower --per-device-train-batch-size or --seqlen, or use --gradient-checkpointing or --deepspeed"
         return USER, f"error: out of memory ({text[:120]}): {less}"
     if isinstance(error, OSError) and disk_is_full(error):
         where = error.filename or "the disk"

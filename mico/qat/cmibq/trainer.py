@@ -62,6 +62,8 @@ class BottleneckTrainer(Trainer):
             scaled = {name: term / steps for name, term in terms.items()}
             loss = nll + torch.stack(list(scaled.values())).sum()
             student = self.accelerator.unwrap_model(model)
+            if self.is_deepspeed_enabled:  # ZeRO-3 takes the last gradient once more where there is none
+                loss = loss + student.cmibq.unmoved()
             self._note(dict(nll=nll.detach() * steps) | {f"loss_{name}": term.detach() for name, term in terms.items()})
             self._note(student.told)
         return (loss, {}) if return_outputs else loss

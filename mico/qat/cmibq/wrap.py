@@ -121,6 +121,11 @@ class CMIBQ(nn.Module):
             total = total + share_S[number] * rate(x_BTC, self.inputs[number].step_size(), prior, generator)  # type: ignore
         return total
 
+    def unmoved(self) -> torch.Tensor:
+        """0, with a gradient of 0 for what learned widths that are chosen by now."""
+        done = [kind.allocator().sum() * 0 for kind in self.kinds if kind.fixed]
+        return torch.stack(done).sum() if done else torch.zeros((), device=self.state.device)
+
     def site_macs(self) -> torch.Tensor:
         """Share of every site in all multiplications, (sites,)."""
         parts = self.activations.cost_I.split([len(quantizer.error_GK) for quantizer in self.inputs])  # type: ignore

@@ -154,6 +154,23 @@ def test_processes_begin_with_what_the_first_measured(monkeypatch: pytest.Monkey
         assert {id(tensor) for tensor in parts} <= given
 
 
+def test_under_deepspeed_what_learned_the_widths_gets_a_gradient_of_zero_in_the_end() -> None:
+    """ZeRO-3 would go on with the last one, and clip all others by its norm too."""
+    for learned, deepspeed in ((True, True), (False, True), (False, False)):
+        model, cmibq = made()
+        if not learned:
+            for kind in cmibq.kinds:
+                kind.fix(torch.full_like(kind.chosen_I, 2))
+        fake: Any = SimpleNamespace(
+            is_deepspeed_enabled=deepspeed, current_gradient_accumulation_steps=1, _note=lambda values: None,
+            accelerator=SimpleNamespace(unwrap_model=lambda one: one),
+        )  # fmt: skip
+        trainer.BottleneckTrainer.compute_loss(fake, Student(model), batch(0)).backward()
+        for parameter in (one for kind in cmibq.kinds for one in kind.allocator.parameters()):
+            assert (parameter.grad is not None) == (learned or deepspeed)
+            assert learned or parameter.grad is None or parameter.grad.count_nonzero() == 0
+
+
 def test_gradients_that_are_no_numbers_choose_no_widths() -> None:
     _, cmibq = made()
     for kind in cmibq.kinds:
