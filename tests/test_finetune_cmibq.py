@@ -461,7 +461,7 @@ def test_what_cannot_be_trained_is_refused(
         (first, SECOND | dict(target_bits_act=3.0), "--target-bits-act 3.0: --method cmibq --stage 2 has no such"),
         (model, FIRST | dict(target_bits_act=9.0), "--target-bits-act 9.0: must be from 2 to 8"),
         (model, FIRST | dict(bits_allocation="uniform"), "--target-bits-act 4.5: .* uniform choose from 2, 3, 4"),
-        (model, FIRST | dict(fsdp="full_shard"), "--method cmibq: FSDP flattens weights"),
+        (model, FIRST | dict(fsdp="full_shard"), "--fsdp full_shard: FSDP flattens weights"),
         (first, SECOND | dict(per_device_train_batch_size=1), "one pair is alone"),
         (second, SECOND, r"is a run of another kind \(cmibq --stage 2\): give the folder"),
         (model, SECOND, "does not exist: give the folder of a run of mico finetune --method cmibq --stage 1"),

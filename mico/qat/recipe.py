@@ -80,10 +80,11 @@ class Training:
             raise UserError(f"--deepspeed {self.deepspeed}: no such file")
         if self.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
             raise UserError(f"--deepspeed {self.deepspeed}: deepspeed is not installed: pip install deepspeed")
-        if self.weights_apart and not self.deepspeed_config["zero_optimization"].get(GATHERED):
+        if self.weights_apart and self.deepspeed_config["zero_optimization"].get(GATHERED) is not True:
             raise UserError(
-                f'--deepspeed {self.deepspeed or "of accelerate"}: set "{GATHERED}": true in zero_optimization, or the '
-                "weights that stage 3 parts are never written"
+                f'--deepspeed {self.deepspeed or "of accelerate"}: set "{GATHERED}": true in zero_optimization '
+                "(accelerate launch without a file: --zero3_save_16bit_model true), or the weights that stage 3 parts "
+                "are never written"
             )
         for word in (self.fsdp or "").split():
             choose("--fsdp", word, FSDP_WORDS)

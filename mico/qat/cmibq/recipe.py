@@ -32,8 +32,8 @@ class Quantizing(Training):
         self._must_be("ib_weight", lambda value: value is None or 0 <= value < math.inf, "0 or more")
         if self.fsdp is not None or launched("USE_FSDP"):
             raise UserError(
-                "--method cmibq: FSDP flattens weights and the steps of their quantizers into one: leave it out, and "
-                "give --deepspeed with zero_optimization stage 3 to part them among processes"
+                f"--fsdp {self.fsdp or 'of accelerate'}: FSDP flattens weights and the steps of their quantizers into "
+                "one: leave it out, and give --deepspeed with zero_optimization stage 3 to part them among processes"
             )
         if half := self._half:
             raise UserError(
@@ -48,9 +48,11 @@ class Quantizing(Training):
 
     @property
     def _half(self) -> str | None:
-        """Which 16-bit format DeepSpeed is to hold parameters in."""
+        """Which 16-bit format DeepSpeed is to hold parameters in; --bf16 decides where its file is silent."""
+        config = self.deepspeed_config
+        asked = {"bf16": {"enabled": self.bf16}} | config if config else {}
         on = {True, "auto"} if self.bf16 else {True}
-        known = {name: self.deepspeed_config.get(name) for name in ("bf16", "fp16")}
+        known = {name: asked.get(name) for name in ("bf16", "fp16")}
         return next(
             (name for name, part in known.items() if isinstance(part, dict) and part.get("enabled") in on), None
         )

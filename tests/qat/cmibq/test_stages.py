@@ -104,8 +104,10 @@ def test_fsdp_and_weights_that_are_never_written_are_refused(tmp_path: Path, mon
     config = tmp_path / "zero.json"
     config.write_text(json.dumps(dict(zero_optimization=dict(stage=3))))
     launches = {
-        "FSDP flattens weights": dict(USE_FSDP="true"),
-        'of accelerate: set "stage3_gather': dict(USE_DEEPSPEED="true", DEEPSPEED_ZERO_STAGE="3"),
+        "--fsdp of accelerate: FSDP flattens weights": dict(USE_FSDP="true"),
+        'of accelerate: set "stage3_gather.* --zero3_save_16bit_model true': dict(
+            USE_DEEPSPEED="true", DEEPSPEED_ZERO_STAGE="3"
+        ),
         'model_save": true in zero_opt': dict(USE_DEEPSPEED="true", DEEPSPEED_CONFIG_FILE=str(config)),
     }
     for said, launch in launches.items():
@@ -114,6 +116,29 @@ def test_fsdp_and_weights_that_are_never_written_are_refused(tmp_path: Path, mon
                 patch.setenv(f"ACCELERATE_{name}", value)
             with pytest.raises(UserError, match=said):
                 Shaping()
+
+
+@pytest.mark.parametrize(
+    ("file", "half"),
+    [
+        ({}, None), (dict(bf16=dict(enabled=False)), None), (dict(bf16=dict(enabled=True)), "bf16"),
+        (dict(fp16=dict(enabled=True), bf16=dict(enabled=False)), "fp16"), (dict(bf16=dict(enabled="auto")), "--bf16"),
+        (dict(zero_optimization=dict(stage=2)), "--bf16"),
+    ],
+)  # fmt: skip
+def test_steps_in_16_bits_are_refused(
+    file: dict[str, Any], half: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """half: which format is told of; --bf16: with that option alone, which fills what the file leaves open."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # of DeepSpeed
+    config = tmp_path / "zero.json"
+    config.write_text(json.dumps(file))
+    for bf16 in (False, True):
+        if half is None or (half == "--bf16" and not bf16):
+            Shaping(deepspeed=str(config), bf16=bf16)
+        else:
+            with pytest.raises(UserError, match=f"{config}: {half.strip('-')} would hold .* choose torch_autocast"):
+                Shaping(deepspeed=str(config), bf16=bf16)
 
 
 def test_what_zero_3_parts_is_gathered_into_a_new_student() -> None:
