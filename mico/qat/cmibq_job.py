@@ -180,6 +180,8 @@ class Bottleneck:
     def lead(self, run: RunFolder) -> dict[str, Any]:
         """Measure the dense model, train, choose widths, write the packed model, measure what is read back, report."""
         loaded, masks = self._load(self.place)
+        if masks:
+            self.console.note(f"finetune: {len(masks)} Linears keep the mask of {self.base}")
         architecture, stored = describe(loaded.model, loaded.family), self._stored()
         size = sum(parameter.numel() for parameter in loaded.model.parameters())
         dense = self._measured(loaded.model, "dense")
@@ -222,8 +224,6 @@ class Bottleneck:
         masks = masks_of(loaded.model)
         if getattr(loaded.model, "is_quantized", False):
             loaded.model.dequantize(getattr(torch, dtype))  # in place
-        if masks:
-            self.console.note(f"finetune: {len(masks)} Linears keep the mask of {self.base}")
         return replace(loaded, family=self.family), masks
 
     def _stored(self) -> torch.dtype:
