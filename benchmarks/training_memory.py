@@ -1,12 +1,11 @@
 """Peak memory of CM-IBQ by parameter and by token, and what it makes of LLaVA-1.5.
 
-    python -m benchmarks.training_memory FOLDER [--deepspeed FILE]
+    python -m benchmarks.training_memory FOLDER
 
 Both stages are run for two steps on LLaVAs with random weights, of two depths and with two batch sizes, each in a
 process of its own, with gradient checkpointing. The difference between the peaks of the two depths gives bytes a
 parameter; what the program itself takes drops out. What LLaVA-1.5 would take are sums of these bytes, not measured. On
 the CPU everything is float32, and rows that calibration keeps count too.
-With a DeepSpeed configuration two processes train together, and the peaks are those of the first.
 """
 
 from __future__ import annotations
@@ -34,15 +33,13 @@ def _made(folder: Path, depth: int) -> float:
     return make_llava(folder, depth, **SHAPE) / 2
 
 
-def peak(folder: Path, stage: int, depth: int, batch: int, deepspeed: Path | None) -> int:
+def peak(folder: Path, stage: int, depth: int, batch: int) -> int:
     """Bytes of the process at the end of the training, at their most."""
     source = folder / f"depth{depth}" if stage == 1 else folder / f"stage1-depth{depth}-batch{batch}"
     run, pairs = folder / f"stage{stage}-depth{depth}-batch{batch}", folder / "pairs"
     options = ["--train-file", str(pairs / "pairs.json"), "--image-folder", str(pairs), "--eval-share", "0.1"]
     options += ["--method", "cmibq", "--stage", str(stage), "--per-device-train-batch-size", str(batch), *OPTIONS]
-    together = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"] if deepspeed else []
-    options += ["--deepspeed", str(deepspeed)] if deepspeed else []
-    command = [sys.executable, "-m", *together, "mico", "finetune", str(source), *options, "--save", str(run)]
+    command = [sys.executable, "-m", "mico", "finetune", str(source), *options, "--save", str(run)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | RETURNED)
     return int(read_json(run / "report.json")["stage_peaks"]["train"])
 
@@ -50,9 +47,7 @@ def peak(folder: Path, stage: int, depth: int, batch: int, deepspeed: Path | Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="for models and runs")
-    parser.add_argument("--deepspeed", type=Path, help="configuration, for two processes")
-    arguments = parser.parse_args()
-    folder = arguments.folder
+    folder = parser.parse_args().folder
     write_instruct(folder / "pairs", 2, 0)
     # In a process of its own: one that it starts would inherit its peak.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -63,11 +58,7 @@ def main() -> None:
     heads = [f"bytes a parameter, batch of {small}", f"of {large}", f"a sample more at depth {many}", *LLAVA]
     print(f"| | {' | '.join(heads)} |\n|{'---|' * (1 + len(heads))}")
     for stage in (1, 2):
-        peaks = {
-            (depth, batch): peak(folder, stage, depth, batch, arguments.deepspeed)
-            for depth in DEPTHS
-            for batch in BATCHES
-        }
+        peaks = {(depth, batch): peak(folder, stage, depth, batch) for depth in DEPTHS for batch in BATCHES}
         spread = parameters[many] - parameters[few]
         each = {batch: (peaks[many, batch] - peaks[few, batch]) / spread for batch in BATCHES}
         more = (peaks[many, large] - peaks[many, small]) / (large - small)

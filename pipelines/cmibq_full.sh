@@ -5,7 +5,7 @@
 #   SEEDS="0 1 2" bash pipelines/cmibq_full.sh --train-file llava_instruct.json --image-folder coco --vlm-data suites
 #   STAGE1="--target-bits-act 4 --target-bits-weight 3" STAGE2="--lora-rank 8" are options of one stage alone; those of
 #   STAGE1 hold for uniform and knapsack too. MODEL is llava-1.5-7b, the suites are mme,pope; without --vlm-data none.
-#   Stage 1 keeps 16 bytes a parameter (7B: 113 GB), stage 2 two float32 models (7B: 57 GB): one GPU of 141 GB. On
+#   Stage 1 keeps 16.8 bytes a parameter (7B: 119 GB), stage 2 two models (7B: 48 GB): one GPU of 141 GB. On
 #   smaller ones GPUS="0,1,2,3" --deepspeed pipelines/deepspeed/zero2.json lets several train together.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -4,7 +4,7 @@
 #   GPUS="0 1 2 3" bash pipelines/cmibq_stage1_multi_gpu.sh --train-file llava_instruct.json --image-folder coco \
 #     --target-bits-act 4 --target-bits-weight 3
 #   One training takes all GPUs of GPUS, CUDA_VISIBLE_DEVICES or the machine; two processes on the CPU without any.
-#   MODEL is llava-1.5-7b, which keeps 113 GB a GPU: on smaller ones see cmibq_deepspeed.sh.
+#   MODEL is llava-1.5-7b, which keeps 119 GB a GPU: on smaller ones see cmibq_deepspeed.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 extras="train"
