@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,10 @@ from mico.errors import UserError
 from mico.qat import job
 from mico.qat.answers import read_answers
 from mico.qat.cmibq import stages, trainer
-from mico.qat.cmibq.recipe import Shaping
+from mico.qat.cmibq.recipe import Aligning, Shaping
 from mico.qat.cmibq.student import NLL, Student
 from mico.qat.cmibq.wrap import wrap
+from mico.qat.cmibq_job import Bottleneck
 from tests.pictures import encoded, picture
 from tests.qat.cmibq.making import batch, dense, made
 
@@ -139,6 +141,18 @@ def test_steps_in_16_bits_are_refused(
         else:
             with pytest.raises(UserError, match=f"{config}: {half.strip('-')} would hold .* choose torch_autocast"):
                 Shaping(deepspeed=str(config), bf16=bf16)
+
+
+@pytest.mark.parametrize(
+    ("options", "held"), [(dict(bf16=True), "bfloat16"), ({}, "float32"), (dict(bf16=True, use_align=False), None)]
+)
+def test_the_teacher_is_held_in_what_is_multiplied_in(options: dict[str, Any], held: str | None) -> None:
+    given: Any = object.__new__(Bottleneck)
+    given.recipe, given.place = Aligning(**options), torch.device("cpu")
+    given.console = SimpleNamespace(stage=lambda name: nullcontext())
+    given._load = lambda place, dtype: (SimpleNamespace(model=dtype), {})
+    given._second = lambda loaded, masks, teacher: teacher
+    assert given._student(None, {}) == held
 
 
 def test_what_zero_3_parts_is_gathered_into_a_new_student() -> None:
