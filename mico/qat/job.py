@@ -191,6 +191,18 @@ def fit(trainer: Any, folder: Path, console: Console) -> Results:
     return dict(before=before, train=train, eval=after, all=train | after)
 
 
+def gathered_state(trainer: Any) -> dict[str, torch.Tensor] | None:
+    """The state of a model that processes hold in parts (ZeRO-3, FSDP), on the CPU, in the first; None in the others.
+
+    All of them must ask. Models that are loaded afterwards are whole.
+    """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    unset_hf_deepspeed_config()  # or a model that is loaded next would be spread over the processes too
+    return state if trainer.is_world_process_zero() else None
+
+
 def _train(trainer: Any, folder: Path, console: Console) -> dict[str, Any]:
     """Train, or go on from the last checkpoint; one that holds the last step is only read."""
     found = last_checkpoint(folder, console.note)

@@ -31,7 +31,7 @@ from mico.metrics.pair import Pair
 from mico.metrics.perplexity import default_texts, evaluation_sets
 from mico.pages.run import write_run_page
 from mico.qat.corpus import Corpus, TokenWindows, read_corpus
-from mico.qat.job import Request, Results, check_room, fit, place_of, write_results
+from mico.qat.job import Request, Results, check_room, fit, gathered_state, place_of, write_results
 from mico.qat.modules import check_groups, check_trainable, masks_of, quantize_linears, stream_linears
 from mico.qat.recipe import WATCHING, Recipe, options_of, processes, refuse_given
 from mico.qat.save import save_trained
@@ -196,11 +196,8 @@ class ParetoQ:
         """The whole model where processes hold parts of the weights (ZeRO-3, FSDP), in the first of them."""
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             return loaded
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        unset_hf_deepspeed_config()  # or the model below would be spread over the processes too
-        if not trainer.is_world_process_zero():
+        state = gathered_state(trainer)
+        if state is None:
             return loaded
         whole, _ = self._load(torch.device("cpu"))
         missing, _ = self._prepared(whole, masks).load_state_dict(state, strict=False)

@@ -19,6 +19,7 @@ from mico.qat.cmibq.sites import TOWER, VISION, find_sites, read_tower_blocks
 from mico.qat.cmibq.start import observe
 from mico.qat.cmibq.student import NLL, Student
 from mico.qat.cmibq.wrap import CMIBQ, Masks, wrap
+from mico.qat.job import gathered_state
 
 CALIBRATION = 128  # answers that steps start from
 MEASURED = 512  # answers by which widths are chosen for good
@@ -164,11 +165,8 @@ def gathered(student: Student, trainer: Any, blank: Callable[[], Student]) -> St
 
     blank: makes one of the same shapes without a teacher; the others get the student as it is.
     """
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    unset_hf_deepspeed_config()  # or the model below would be spread over the processes too
-    if not trainer.is_world_process_zero():
+    state = gathered_state(trainer)
+    if state is None:
         return student
     whole = blank()
     load_state(whole, {name: tensor for name, tensor in state.items() if not name.startswith("alignment.")})
