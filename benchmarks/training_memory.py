@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from benchmarks.make_llava import make_llava
@@ -50,9 +51,9 @@ def main() -> None:
     folder = parser.parse_args().folder
     write_instruct(folder / "pairs", 2, 0)
     # In a process of its own: one that it starts would inherit its peak.
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        made = pool.starmap(_made, [(folder / f"depth{depth}", depth) for depth in DEPTHS])
-    parameters = dict(zip(DEPTHS, made, strict=True))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        made = pool.map(_made, [folder / f"depth{depth}" for depth in DEPTHS], DEPTHS)
+        parameters = dict(zip(DEPTHS, made, strict=True))
     few, many = DEPTHS
     small, large = BATCHES
     heads = [f"bytes a parameter, batch of {small}", f"of {large}", f"a sample more at depth {many}", *LLAVA]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ from mico.errors import UserError
 from mico.qat import job
 from mico.qat.answers import read_answers
 from mico.qat.cmibq import stages, trainer
+from mico.qat.cmibq.quantizer import QuantLinear
 from mico.qat.cmibq.recipe import Aligning, Shaping
 from mico.qat.cmibq.student import NLL, Student
-from mico.qat.cmibq.wrap import wrap
+from mico.qat.cmibq.wrap import quant_linears, wrap
 from mico.qat.cmibq_job import Bottleneck
 from tests.pictures import encoded, picture
 from tests.qat.cmibq.making import batch, dense, made
@@ -153,6 +155,43 @@ def test_the_teacher_is_held_in_what_is_multiplied_in(options: dict[str, Any], h
     given._load = lambda place, dtype: (SimpleNamespace(model=dtype), {})
     given._second = lambda loaded, masks, teacher: teacher
     assert given._student(None, {}) == held
+
+
+def test_zero_3_gathers_a_linear_whole_and_gets_a_gradient_of_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[type] = []
+
+    def leaves(student: Student, kinds: list[type]) -> list[Any]:
+        asked.extend(kinds)
+        return [module for module in student.modules() if type(module) in kinds]
+
+    fake: Any = ModuleType("deepspeed.utils")
+    fake.set_z3_leaf_modules = leaves
+    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    monkeypatch.setitem(sys.modules, "deepspeed.utils", fake)
+    monkeypatch.setattr("transformers.integrations.deepspeed.is_deepspeed_zero3_enabled", lambda: True)
+    model, cmibq = made()
+    linears = quant_linears(model)
+    frozen, trained = (linears[f"model.multi_modal_projector.linear_{number}"] for number in (1, 2))
+    frozen.requires_grad_(False)
+    cmibq.requires_grad_(False)
+    trainer._gathered_whole(Student(model))
+    assert asked == [QuantLinear]
+    seen = []
+    for linear in (frozen, trained):
+        linear.register_forward_pre_hook(lambda _, args: seen.append(args[0].requires_grad))
+        linear.inputs.quantizer = lambda x: x
+        linear(torch.zeros(1, linear.in_features))
+        with torch.no_grad():
+            linear(torch.zeros(1, linear.in_features))
+    assert seen == [False, False, True, False]
+
+
+def test_no_buffer_of_the_state_has_two_names() -> None:
+    """ZeRO-3 gathers it under the first alone."""
+    _, cmibq = made()
+    state = cmibq.state_dict(keep_vars=True)
+    found = [id(buffer) for name, buffer in cmibq.named_buffers(remove_duplicate=False) if name in state]
+    assert len(found) == len({*found}) > 20
 
 
 def test_what_zero_3_parts_is_gathered_into_a_new_student() -> None:
